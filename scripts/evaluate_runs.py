@@ -1,0 +1,102 @@
+"""Score many runs at once: BLEU, METEOR and ROUGE tables as Markdown, CSV and LaTeX, one row per run.
+
+    python scripts/evaluate_runs.py runs/experiments/demo runs/experiments/no_erm --out results/
+    python scripts/evaluate_runs.py mine.jsonl theirs.jsonl --out results/ --protocol paper
+
+A PATH is a predictions file, or a folder in which every `predictions.jsonl` is scored. A file that cannot be scored is
+named with its line in the log and in the Markdown table, and does not stop the others.
+Exit code: 0 all scored, 1 something could not be scored, 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from elmd import log
+from elmd.errors import DataError
+from elmd.evaluation.score import read_predictions, score
+from elmd.evaluation.tables import GROUPS, group_table, write_tables
+from elmd.metrics.text import PROTOCOLS
+
+NAME = "predictions.jsonl"
+
+
+def find(folder: Path) -> Iterator[Path]:
+    """Every predictions.jsonl under `folder`, links followed once, unfinished (`.partial`) artifacts left out."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in [name for name in folders if name.endswith(".partial")]:
+            log.logger.warning("%s is not finished: left out", Path(root) / name)
+        folders[:] = sorted(name for name in folders if not name.endswith(".partial"))
+        if NAME in files:
+            yield Path(root) / NAME
+
+
+def collect(paths: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Prediction files by system name, and what was given but holds none, with the reason."""
+    files: dict[str, Path] = {}
+    failed: dict[str, str] = {}
+    real: dict[Path, str] = {}
+    for path in paths:
+        found = sorted(find(path)) if path.is_dir() else [path]
+        if not found:
+            failed[str(path)] = f"holds no {NAME}"
+        for file in found:
+            if (same := real.get(file.resolve())) is not None:
+                log.logger.warning("%s is the same file as %s: scored once", file, same)
+                continue
+            name = _name(file, path)
+            name = name if name not in files else str(file)
+            files[name], real[file.resolve()] = file, name
+    return files, failed
+
+
+def _name(file: Path, given: Path) -> str:
+    if file.name != NAME:
+        return file.stem
+    folder = file.parent.resolve() if file == given else (given.resolve().name / file.parent.relative_to(given))
+    return folder.name if file == given else folder.as_posix()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    first, *rest = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        description=first, epilog="\n\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=f"folder of runs, or predictions file")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for scores.md, .csv and .tex")
+    parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="default: all")
+    args = parser.parse_args(arguments)
+    log.setup()
+
+    protocols = list(PROTOCOLS) if args.protocol == "all" else [args.protocol]
+    files, failed = collect(args.paths)
+    scores: dict[str, dict[str, Any]] = {}
+    for name, file in log.progress(files.items(), "scoring", total=len(files), unit="file"):
+        try:
+            scores[name] = score(read_predictions(file), protocols)
+        except DataError as error:
+            failed[name] = str(error)
+    written = write_tables(args.out, scores, title="Evaluated runs", failed=failed)
+    for group in GROUPS:
+        columns, rows = group_table(scores, group)
+        if rows and group in protocols:
+            log.table(group, columns, rows)
+    for name, why in failed.items():
+        log.logger.error("%s could not be scored: %s", name, why)
+    log.logger.info("%d scored, %d could not be scored; wrote %s", len(scores), len(failed), ", ".join(map(str, written)))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

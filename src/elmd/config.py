@@ -1,0 +1,329 @@
+"""The configuration: dataclass schemas that refuse unknown keys and wrong types, and what must hold between fields.
+
+`configs/` holds the values; here are their names, types and meaning. A value that comes from the paper has its
+section beside it, there and here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import Enum, StrEnum
+from typing import Any
+
+from omegaconf import MISSING
+
+from elmd.errors import ConfigError
+
+#: A checkpoint path with this value stands for the stand-in made by `stage=bootstrap` (§10 of the design).
+BOOTSTRAP = "bootstrap"
+
+
+class StageName(StrEnum):
+    bootstrap = "bootstrap"
+    prepare = "prepare"
+    erm = "erm"
+    index = "index"
+    features = "features"
+    rep = "rep"
+    eerg = "eerg"
+    all = "all"
+
+
+class Reader(StrEnum):
+    tiny = "tiny"
+    m3ed = "m3ed"
+    cped = "cped"
+    jsonl = "jsonl"
+
+
+class SplitRule(StrEnum):
+    paper = "paper"
+    dialogue = "dialogue"
+    official = "official"
+
+
+class OnMissingClip(StrEnum):
+    error = "error"
+    text_only = "text_only"
+    drop = "drop"
+
+
+class VisionKind(StrEnum):
+    encoder = "encoder"
+    precomputed = "precomputed"
+    none = "none"
+
+
+class Decoder(StrEnum):
+    decord = "decord"
+    pyav = "pyav"
+
+
+class Key(StrEnum):
+    e_u = "e_u"
+    E_s = "E_s"
+
+
+class Separation(StrEnum):
+    mlp = "mlp"
+    linear = "linear"
+
+
+class ProjectorInit(StrEnum):
+    rep = "rep"
+    random = "random"
+
+
+class SelectionSplit(StrEnum):
+    """Splits a choice may be made on. `test` is not among them, so choosing by it cannot be written down."""
+
+    train = "train"
+    valid = "valid"
+
+
+class EvalSplit(StrEnum):
+    train = "train"
+    valid = "valid"
+    test = "test"
+
+
+class BootstrapText(StrEnum):
+    tiny = "tiny"
+    data = "data"
+
+
+@dataclass
+class WorldConfig:
+    """Size of the tiny world (data=tiny): samples per split, and dialogues of the separate bootstrap part."""
+
+    train: int = 1200
+    valid: int = 150
+    test: int = 300
+    bootstrap: int = 1500
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    reader: Reader = MISSING
+    path: str | None = None  # CPED: a csv file; M3ED: the folder with annotation.json and splitInfo/; JSONL: a file
+    split: SplitRule = SplitRule.dialogue
+    split_seed: int = 0
+    filters: list[str] = field(default_factory=list)  # named filters of elmd.data.samples.FILTERS
+    emotion_map: str | None = None  # csv label,emotion that overrides the reader's own table
+    video_root: str | None = None
+    video_template: str = "{show}/{dialogue}.mp4"
+    on_missing_clip: OnMissingClip = OnMissingClip.error
+    background: str | None = None  # JSON object: show or dialogue id -> text
+    world: WorldConfig = field(default_factory=WorldConfig)
+
+
+@dataclass
+class LlmConfig:
+    name: str = MISSING
+    path: str | None = None
+    dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on CPU
+    attention: str = "sdpa"
+
+
+@dataclass
+class VisionConfig:
+    name: str = MISSING
+    kind: VisionKind = MISSING
+    path: str | None = None
+    frames: int = 8  # m; not in the paper, ours
+    decoder: Decoder = Decoder.decord
+    workers: int = 2
+    timeout_s: float = 60.0  # per clip
+    batch_frames: int = 64
+    dtype: str = "auto"
+    shuffle: bool = False  # permute clips among samples: same parameters, no information (a control)
+    shape: list[int] | None = None  # precomputed: [o, q] of the user's arrays; None reads it from the first
+
+
+@dataclass
+class RetrieverConfig:
+    name: str = MISSING
+    path: str | None = None
+    k: int = 1  # demonstrations in the prompt; 0: none (w/o ERM). §3.3 "select a u'"
+    key: Key = Key.E_s  # §3.3 end
+    allow_same_dialogue: bool = False  # true only shows the leak
+    max_tokens: int = 128
+
+
+@dataclass
+class PromptConfig:
+    """Text of the six parts (Fig. 4 is not public: ours). Fields in braces are filled in."""
+
+    instruction: str = MISSING
+    background: str = MISSING
+    turn: str = MISSING
+    utterance: str = MISSING
+    video: str = MISSING
+    demonstration: str = MISSING
+    rep: str = MISSING
+    eerg: str = MISSING
+    emotion_end: str = "。"
+    max_prompt_tokens: int = 1024
+    max_target_tokens: int = 128
+
+
+@dataclass
+class ErmConfig:
+    epochs: int = 5
+    batch_size: int = 32  # §4.3
+    lr: float = 5e-5  # §4.3
+    temperature: float = 0.5  # τ, §4.3
+    slots: int = 4  # s, §4.3
+    separation: Separation = Separation.mlp  # MLP of Algorithm 1
+    emotion_weight: float = 1.0  # λ of eq. 4; its value is not in the paper. 0: w/o ERT
+    separation_weight: float = 1.0  # 0: w/o SSC
+    one_positive: bool = False  # the literal eq. 2: one positive drawn per anchor
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    select_on: SelectionSplit = SelectionSplit.valid
+    checkpoint_every: int = 200
+
+
+@dataclass
+class RepConfig:
+    epochs: int = 3
+    batch_size: int = 16  # §4.3
+    lr: float = 2e-5  # §4.3
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    micro_tokens: int = 4096  # tokens per micro-batch, padding included
+    select_on: SelectionSplit = SelectionSplit.valid
+    checkpoint_every: int = 200
+
+
+@dataclass
+class EergConfig:
+    steps: int = 3000  # ChatGLM2's own p-tuning
+    batch_size: int = 16  # §4.3
+    lr_prefix: float = 2e-2  # §4.3
+    lr_projector: float = 2e-2  # §4.3 (preset `paper`; preset `safe` has 2e-5)
+    projector_from: ProjectorInit = ProjectorInit.rep
+    prefix_length: int = 128
+    prefix_dropout: float = 0.1
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    micro_tokens: int = 4096
+    evaluate_every: int = 500
+    select_on: SelectionSplit = SelectionSplit.valid
+    checkpoint_every: int = 200
+
+
+@dataclass
+class BootstrapConfig:
+    """Sizes and lengths of training of the three stand-in checkpoints."""
+
+    text: BootstrapText = BootstrapText.tiny
+    seed: int = 0
+    vocab_size: int = 2000
+    llm_hidden: int = 128
+    llm_layers: int = 3
+    llm_steps: int = 1200
+    llm_lr: float = 2e-3
+    retriever_hidden: int = 64
+    retriever_steps: int = 300
+    vision_steps: int = 300
+
+
+@dataclass
+class GenerateConfig:
+    split: EvalSplit = EvalSplit.test
+    top_p: float = 0.7  # §4.3
+    temperature: float = 0.95  # §4.3; 0: greedy
+    max_new_tokens: int = 128
+    seeds: list[int] = field(default_factory=lambda: [0])
+    batch_size: int = 32
+
+
+@dataclass
+class Config:
+    stage: StageName = StageName.all
+    seed: int = 0
+    experiment_name: str = "default"
+    runs_dir: str = "runs"
+    force: bool = False
+    cpu: bool = False
+    threads: int = 0  # torch CPU threads; 0 leaves torch's own choice
+    data: DataConfig = field(default_factory=DataConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+    erm: ErmConfig = field(default_factory=ErmConfig)
+    rep: RepConfig = field(default_factory=RepConfig)
+    eerg: EergConfig = field(default_factory=EergConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    predictions: str | None = None  # evaluate only: a predictions JSONL to score instead of generating
+    ablation_name: str = "none"
+
+    @property
+    def sees_video(self) -> bool:
+        return self.vision.kind is not VisionKind.none
+
+    @property
+    def retrieves(self) -> bool:
+        return self.retriever.k > 0
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A sub-config as JSON-ready values, for fingerprints and manifests."""
+    return asdict(config, dict_factory=lambda items: {k: v.value if isinstance(v, Enum) else v for k, v in items})
+
+
+def check(cfg: Config) -> None:
+    """What must hold between fields.
+
+    Raises:
+        ConfigError: naming both fields and what to change.
+    """
+    if cfg.data.reader is not Reader.tiny and cfg.data.path is None:
+        raise ConfigError(
+            f"data={cfg.data.name} has no source", where="data.path", fix="give it: data.path=/path/to/the/data"
+        )
+    if cfg.bootstrap.text is BootstrapText.data and cfg.data.reader is Reader.tiny:
+        raise ConfigError(
+            "bootstrap.text=data needs a data set of its own, and data=tiny is drawn from the tiny world",
+            where="bootstrap.text",
+            fix="set bootstrap.text=tiny, or choose data=cped, m3ed or jsonl",
+        )
+    for name, group, used in (
+        ("llm", cfg.llm, True),
+        ("vision", cfg.vision, cfg.vision.kind is VisionKind.encoder),
+        ("retriever", cfg.retriever, cfg.retrieves),
+    ):
+        if used and group.path is None:
+            raise ConfigError(
+                f"{name}={group.name} names no checkpoint",
+                where=f"{name}.path",
+                fix=f"give its folder: {name}.path=/path/to/it",
+            )
+    if min(cfg.erm.emotion_weight, cfg.erm.separation_weight) < 0:
+        raise ConfigError("weights of the losses must not be negative", where="erm", fix="use 0 to leave a loss out")
+    if cfg.retrieves and cfg.erm.emotion_weight == cfg.erm.separation_weight == 0:
+        raise ConfigError(
+            "both losses of eq. 4 have weight 0, so there is nothing to train",
+            where="erm.emotion_weight, erm.separation_weight",
+            fix="set one of them, or use ablation=no_erm",
+        )
+    if cfg.retriever.key is Key.E_s and cfg.retrieves and cfg.erm.separation_weight == 0:
+        raise ConfigError(
+            "E_s is the output of self-separation, which erm.separation_weight=0 leaves untrained",
+            where="retriever.key",
+            fix="set retriever.key=e_u, as ablation=no_ssc does",
+        )
+    if not 0 < cfg.generate.top_p <= 1:
+        raise ConfigError(
+            f"top_p={cfg.generate.top_p} is not in (0, 1]", where="generate.top_p", fix="the paper uses 0.7"
+        )
+    if cfg.generate.temperature < 0:
+        raise ConfigError("temperature is negative", where="generate.temperature", fix="use 0 for greedy decoding")

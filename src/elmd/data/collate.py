@@ -1,0 +1,94 @@
+"""Ragged samples to padded tensors: always padded on the left, always with mask and positions.
+
+    before        slots   after  target           ids      slots    labels
+    [5 6]         2       [7]    [8 9]            5 6 . . 7 8 9     . . . . . 8 9
+    [5]           0       [7]    [9]        ->    - - - - 5 7 9     . . . . . . 9
+
+On the left, the targets of all rows end in the last column, so the logits of the last columns are all that a loss
+needs (`Batch.keep`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elmd.data.encode import Encoded
+
+IGNORED = -100
+
+
+@dataclass
+class Batch:
+    """B rows of L tokens.
+
+    Attributes:
+        ids: [B, L] long; 0 at slots and padding.
+        slots: [B, L] bool, where visual tokens go.
+        mask: [B, L] bool, what is no padding.
+        positions: [B, L] long, from 0 at each row's first real token.
+        labels: [B, L] long, `IGNORED` but at target tokens.
+        visual: [number of slots, q] features in row order, or None where no row has slots.
+        keep: how many of the last columns carry targets.
+    """
+
+    ids: Tensor
+    slots: Tensor
+    mask: Tensor
+    positions: Tensor
+    labels: Tensor
+    visual: Tensor | None
+    keep: int
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            *(t.to(device, non_blocking=True) for t in (self.ids, self.slots, self.mask, self.positions, self.labels)),
+            self.visual.to(device, non_blocking=True) if self.visual is not None else None,
+            self.keep,
+        )
+
+
+def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None]) -> Batch:
+    """Pad rows to one length; `visual` holds each row's features [V, q], None for a row without slots."""
+    length = max(row.length for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    slots = torch.zeros(len(rows), length, dtype=torch.bool)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
+    for i, row in enumerate(rows):
+        mask[i, length - row.length :] = True
+        ids[i, length - row.length :] = torch.tensor(
+            [*row.before, *[0] * row.slots, *row.after, *row.target], dtype=torch.long
+        )
+        first = length - row.length + len(row.before)
+        slots[i, first : first + row.slots] = True
+        if row.target:
+            labels[i, length - len(row.target) :] = torch.tensor(row.target, dtype=torch.long)
+    features = [f for f in visual if f is not None]
+    return Batch(
+        ids=ids,
+        slots=slots,
+        mask=mask,
+        positions=(mask.long().cumsum(-1) - 1).clamp(min=0),
+        labels=labels,
+        visual=torch.cat(features) if features else None,
+        keep=max(len(row.target) for row in rows),
+    )
+
+
+def pack(lengths: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut `order` (positions, sorted by length) into groups of at most `budget` tokens, padding included.
+
+    A row longer than the budget gets a group of its own.
+    """
+    groups: list[list[int]] = []
+    for i in order:
+        longest = max(lengths[i], *(lengths[j] for j in groups[-1])) if groups else 0
+        if groups and longest * (len(groups[-1]) + 1) <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

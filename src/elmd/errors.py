@@ -1,0 +1,44 @@
+"""The errors a user can cause or mend. Anything else that is raised is a bug in ELMD."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+
+class ElmdError(Exception):
+    """One clear sentence: what is wrong, where, and what to do next.
+
+    Args:
+        what: what is wrong, without a final full stop.
+        where: the file (with `:line` where known), id or setting that is at fault.
+        fix: what the user should do next, without a final full stop.
+    """
+
+    def __init__(self, what: str, *, where: str | PathLike[str] | None = None, fix: str | None = None):
+        self.what, self.where, self.fix = what, str(where) if where is not None else None, fix
+        text = f"{self.where}: {what}" if self.where else what
+        super().__init__(f"{text}; {fix}." if fix else f"{text}.")
+
+
+class ConfigError(ElmdError):
+    """The configuration contradicts itself or names something that does not exist."""
+
+
+class DataError(ElmdError):
+    """A file of dialogues, samples or predictions cannot be used as it is."""
+
+
+class ClipError(ElmdError):
+    """One video clip cannot be decoded; the rest of the run is not affected."""
+
+
+class CheckpointError(ElmdError):
+    """A folder of weights is missing, incomplete or of another shape than the configuration says."""
+
+
+class ArtifactError(ElmdError):
+    """A stage's result is missing, locked or was made by something else."""
+
+
+class TrainingError(ElmdError):
+    """Training cannot go on: a loss that is not finite, a rank that died, an impossible batch."""

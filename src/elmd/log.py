@@ -1,0 +1,68 @@
+"""What people see: log lines, progress bars and tables, all on standard error.
+
+Standard output carries only what scripts read (`artifact: PATH`), so both can be used at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+logger = logging.getLogger("elmd")
+
+
+def is_main() -> bool:
+    """Whether this process speaks for the run (rank 0, or the only one)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def console() -> Console:
+    """A console on the *current* standard error, wide enough for a table when that is not a terminal."""
+    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 120)
+
+
+def setup(level: int = logging.INFO) -> None:
+    """Send ELMD's log lines to standard error; called by command lines only, never on import."""
+    logger.handlers = [RichHandler(console=console(), show_path=False, markup=False, log_time_format="%H:%M:%S")]
+    logger.setLevel(level if is_main() else logging.WARNING)
+    logger.propagate = False
+
+
+def progress(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """`items`, with a progress bar on rank 0 (a line every ten seconds where there is no terminal)."""
+    bar = tqdm(
+        items, desc=what, total=total, unit=unit, disable=not is_main(), file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, leave=sys.stderr.isatty(),
+    )  # fmt: skip
+    yield from bar
+
+
+def cell(value: Any) -> str:
+    """A table cell: floats to four significant digits or two decimals, None as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table on rank 0; every column but the first is right-aligned."""
+    if not is_main():
+        return
+    shown = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for i, name in enumerate(columns):
+        shown.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*(cell(value) for value in row))
+    console().print(shown)

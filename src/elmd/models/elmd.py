@@ -1,0 +1,169 @@
+"""ELMD itself: frozen language model + visual projector + prefix (Fig. 3).
+
+Shapes: B batch, L tokens, V visual tokens, q vision width, H hidden, P prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from elmd.data.collate import IGNORED, Batch
+from elmd.errors import CheckpointError
+from elmd.models.prefix import Prefix
+from elmd.models.projector import Projector
+
+PROJECTOR = "projector.safetensors"
+ADAPTER = "adapter"
+
+#: Chooses the next token of each row: (logits [B, vocabulary], step) -> ids [B].
+Choose = Callable[[Tensor, int], Tensor]
+
+
+class Elmd(nn.Module):
+    """Splices visual tokens into the prompt's embeddings and runs the language model behind a prefix.
+
+    Without a projector it is a text model (w/o V); without a prefix it is REP's model.
+    """
+
+    def __init__(self, llm: PreTrainedModel, projector: Projector | None = None, prefix: Prefix | None = None):
+        super().__init__()
+        self.llm, self.projector, self.prefix = llm, projector, prefix
+        hidden = llm.get_input_embeddings().embedding_dim
+        if projector is not None and projector.linear.out_features != hidden:
+            raise CheckpointError(
+                f"the projector writes {projector.linear.out_features} numbers, the language model reads {hidden}",
+                fix="train the projector with this language model (stage=rep)",
+            )
+
+    def train(self, mode: bool = True) -> Elmd:
+        """The language model stays in eval mode: it is frozen, and its own dropout is no part of the method."""
+        super().train(mode)
+        self.llm.eval()
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write what trains and nothing else: `projector.safetensors`, and the prefix in `adapter/`."""
+        if self.projector is not None:
+            self.projector.save(folder / PROJECTOR)
+        if self.prefix is not None:
+            self.prefix.save(folder / ADAPTER)
+
+    @classmethod
+    def load(cls, folder: Path, llm: PreTrainedModel) -> Elmd:
+        """A saved model around the language model that it was trained with; each part only where it was saved."""
+        projector = Projector.load(folder / PROJECTOR) if (folder / PROJECTOR).is_file() else None
+        prefix = Prefix.load(llm, folder / ADAPTER) if (folder / ADAPTER).is_dir() else None
+        if projector is None and prefix is None:
+            raise CheckpointError("holds neither a projector nor a prefix", where=folder, fix="train it (stage=eerg)")
+        return cls(llm, projector, prefix).to(llm.device)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Input embeddings [B, L, H]: words, with E_v (eq. 9) in the slots."""
+        words = self.llm.get_input_embeddings()(batch.ids)
+        if batch.visual is None:
+            return words
+        assert self.projector is not None, "a batch with visual tokens needs a projector"
+        return words.masked_scatter(batch.slots.unsqueeze(-1), self.projector(batch.visual).to(words.dtype))
+
+    def forward(self, batch: Batch, *, keep: int, cache: bool = False) -> Any:
+        """The language model's output for a batch, with logits at the last `keep` columns only.
+
+        Real tokens have positions from 0 whatever the prefix, as in the original P-Tuning v2 of ChatGLM2.
+        """
+        return self.llm(
+            inputs_embeds=self.embed(batch),
+            attention_mask=self._mask(batch.mask),
+            position_ids=batch.positions,
+            past_key_values=self._cache(len(batch.ids)),
+            use_cache=cache or self.prefix is not None,
+            logits_to_keep=keep,
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of each row's target tokens, *summed* (eq. 10, 11); [B] float32."""
+        logits = self(batch, keep=batch.keep + 1).logits[:, :-1].float()
+        labels = batch.labels[:, -batch.keep :]
+        return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(-1)
+
+    @torch.no_grad()
+    def score(self, batch: Batch, candidates: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probability [B, C] of each candidate continuation (ids, EOS included) after each prompt.
+
+        The prompt runs once; the C candidates then share its cache. Words of different token counts compare fairly
+        because each ends in EOS.
+        """
+        rows, count = len(batch.ids), len(candidates)
+        prompt = self(batch, keep=1, cache=True)
+        cache: DynamicCache = prompt.past_key_values
+        first = prompt.logits[:, -1].float().log_softmax(-1)  # [B, vocabulary]
+        total = first[:, [ids[0] for ids in candidates]]  # [B, C]
+        longest = max(map(len, candidates))
+        if longest == 1:
+            return total
+        # Continuations, padded on the right: what is behind a candidate's end is never looked back at.
+        inputs = torch.zeros(count, longest - 1, dtype=torch.long, device=batch.ids.device)
+        targets = torch.full_like(inputs, IGNORED)
+        for i, ids in enumerate(candidates):
+            inputs[i, : len(ids) - 1] = torch.tensor(ids[:-1])
+            targets[i, : len(ids) - 1] = torch.tensor(ids[1:])
+        cache.batch_repeat_interleave(count)
+        mask = torch.cat([batch.mask, batch.mask.new_ones(rows, longest - 1)], 1).repeat_interleave(count, 0)
+        positions = batch.positions[:, -1:].repeat_interleave(count, 0) + torch.arange(
+            1, longest, device=batch.ids.device
+        )
+        logits = self.llm(
+            input_ids=inputs.repeat(rows, 1),
+            attention_mask=self._mask(mask),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits.float()
+        rest = -F.cross_entropy(
+            logits.flatten(0, 1), targets.repeat(rows, 1).flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return total + rest.view(rows, count, -1).sum(-1)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, choose: Choose, *, eos: int, max_new_tokens: int) -> list[list[int]]:
+        """New ids of each row, without EOS.
+
+        Our own loop, because transformers' `generate` with `inputs_embeds` and a prefix cache returns silently wrong
+        tokens unless dummy rows stand before the embeddings, and because rows are to draw independently of the batch
+        they are in (see `choose`).
+        """
+        output = self(batch, keep=1, cache=True)
+        mask, position = batch.mask, batch.positions[:, -1:]
+        running = torch.ones(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
+        columns: list[Tensor] = []
+        for step in range(max_new_tokens):
+            chosen = torch.where(running, choose(output.logits[:, -1].float(), step), eos)
+            columns.append(chosen)
+            running &= chosen != eos
+            if step + 1 == max_new_tokens or not running.any():
+                break
+            mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
+            output = self.llm(
+                input_ids=chosen.unsqueeze(1),
+                attention_mask=self._mask(mask),
+                position_ids=position,
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
+        rows = torch.stack(columns, 1).tolist()
+        return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+    def _cache(self, rows: int) -> DynamicCache | None:
+        return None if self.prefix is None else self.prefix.cache(rows)
+
+    def _mask(self, mask: Tensor) -> Tensor:
+        """[B, L] -> [B, P + L]: every row sees the whole prefix."""
+        if self.prefix is not None:
+            mask = torch.cat([mask.new_ones(len(mask), self.prefix.length), mask], 1)
+        return mask.long()

@@ -1,0 +1,252 @@
+"""The index of training utterances, exact search without leaks, and the demonstrations it yields (§3.3 end).
+
+N candidates, Q queries. Candidates are training samples only. A query never meets itself or its own dialogue: that
+would hand the model the very response it is to write.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from elmd.errors import ArtifactError, DataError
+from elmd.labels import Emotion
+from elmd.types import Demonstration, Sample
+
+VECTORS, IDS, DEMONSTRATIONS = "index.safetensors", "ids.json", "demonstrations.jsonl"
+
+
+class Neighbours(NamedTuple):
+    """The k nearest candidates of each query, nearest first: positions [Q, k] and cosines [Q, k]."""
+
+    positions: Tensor
+    similarity: Tensor
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What is searched for: vectors [Q, width] of one key, with the sample and dialogue each belongs to."""
+
+    vectors: Tensor
+    ids: Sequence[str]
+    dialogues: Sequence[str]
+
+    @classmethod
+    def of(cls, vectors: Tensor, samples: Sequence[Sample]) -> Queries:
+        return cls(vectors, [sample.id for sample in samples], [sample.dialogue for sample in samples])
+
+
+@dataclass(frozen=True)
+class Index:
+    """Candidates in a fixed order.
+
+    Cosines are computed in double precision and rounded to fp32, so they do not depend on how queries fall into
+    blocks, and equal vectors tie exactly; of ties the candidate that stands first wins.
+
+    Attributes:
+        ids, dialogues: of the candidate samples [N].
+        vectors: unit rows [N, width] in fp32, by key (`e_u`, `E_s`).
+    """
+
+    ids: Sequence[str]
+    dialogues: Sequence[str]
+    vectors: Mapping[str, Tensor]
+
+    @classmethod
+    def build(cls, samples: Sequence[Sample], keys: Mapping[str, Tensor]) -> Index:
+        """Index `samples`, whose utterances have the vectors `keys` [N, width] (see `retriever.encode`)."""
+        unit = {key: F.normalize(vectors.double(), dim=-1).float() for key, vectors in keys.items()}
+        return cls([sample.id for sample in samples], [sample.dialogue for sample in samples], unit)
+
+    def save(self, folder: Path) -> None:
+        """Write `index.safetensors` and `ids.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        new = folder / (VECTORS + ".tmp")
+        save_file({key: vectors.contiguous() for key, vectors in self.vectors.items()}, new)
+        new.replace(folder / VECTORS)
+        entries = [{"id": i, "dialogue": d} for i, d in zip(self.ids, self.dialogues, strict=True)]
+        _write(folder / IDS, json.dumps(entries, ensure_ascii=False, indent=0))
+
+    @classmethod
+    def load(cls, folder: Path) -> Index:
+        """An index as `save` wrote it.
+
+        Raises:
+            ArtifactError: a file is missing, unreadable, or does not fit the other.
+        """
+        try:
+            vectors = load_file(folder / VECTORS)
+            entries = json.loads((folder / IDS).read_text(encoding="utf-8"))
+            index = cls([entry["id"] for entry in entries], [entry["dialogue"] for entry in entries], vectors)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"is no whole index ({error})", where=folder, fix="make it again: stage=index force=true"
+            ) from error
+        if any(len(rows) != len(entries) for rows in vectors.values()):
+            raise ArtifactError(
+                f"{VECTORS} and {IDS} hold different numbers of candidates",
+                where=folder,
+                fix="make it again: stage=index force=true",
+            )
+        return index
+
+    def search(
+        self, key: str, queries: Queries, k: int, *, allow_same_dialogue: bool = False, block: int = 1024
+    ) -> Neighbours:
+        """The k nearest candidates of each query by cosine (§3.3 end).
+
+        Args:
+            key: which of `vectors`.
+            queries: Q queries.
+            k: how many.
+            allow_same_dialogue: lift the exclusion of the query itself and its dialogue; exists to show the leak.
+            block: queries per matrix product.
+
+        Raises:
+            DataError: fewer than k candidates are left to a query.
+        """
+        found = []
+        for start, scores in self._scores(key, queries, allow_same_dialogue, block):
+            left = scores.isfinite().sum(dim=1)
+            if (left < k).any():
+                worst = int(left.argmin())
+                raise DataError(
+                    f"{k} demonstrations are wanted, but {int(left[worst])} of {len(self.ids)} training samples are "
+                    "outside its own dialogue",
+                    where=f"sample {queries.ids[start + worst]}",
+                    fix="train on more dialogues, or lower retriever.k",
+                )
+            rows = torch.arange(len(scores))
+            best = []
+            for _ in range(k):
+                position = scores.argmax(dim=1)  # the first of several maxima
+                best.append((position, scores[rows, position]))
+                scores[rows, position] = -torch.inf
+            found.append([torch.stack(column, dim=1) for column in zip(*best, strict=True)])
+        positions, similarity = (torch.cat(column) for column in zip(*found, strict=True))
+        return Neighbours(positions, similarity)
+
+    def first_match(
+        self, key: str, queries: Queries, query_labels: Tensor, labels: Tensor, *, block: int = 1024
+    ) -> Tensor:
+        """Rank [Q], from 1, of the nearest admissible candidate whose label is the query's; 0 where there is none.
+
+        match@k is the share of ranks in 1 … k, MRR the mean of 1/rank (0 for none).
+
+        Args:
+            query_labels: [Q], integers.
+            labels: [N], integers.
+        """
+        ranks = []
+        positions = torch.arange(len(self.ids))
+        for start, scores in self._scores(key, queries, False, block):
+            wanted = query_labels[start : start + len(scores), None] == labels[None, :]
+            best, first = scores.masked_fill(~wanted, -torch.inf).max(dim=1, keepdim=True)
+            first = (scores.eq(best) & wanted).int().argmax(dim=1, keepdim=True)
+            before = (scores > best) | (scores.eq(best) & (positions < first))
+            ranks.append(torch.where(best[:, 0].isfinite(), 1 + before.sum(dim=1), 0))
+        return torch.cat(ranks)
+
+    def _scores(
+        self, key: str, queries: Queries, allow_same_dialogue: bool, block: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(position of the first query, cosines [b, N] in fp32 with -inf at excluded candidates), block by block."""
+        if key not in self.vectors:
+            raise DataError(
+                f"the index has no key {key!r}, only {', '.join(self.vectors)}",
+                where="retriever.key",
+                fix="choose one of these, or train a retriever with self-separation",
+            )
+        candidates = self.vectors[key].double().T
+        numbers = {name: i for i, name in enumerate(dict.fromkeys([*self.dialogues, *queries.dialogues]))}
+        own = torch.tensor([numbers[name] for name in self.dialogues])
+        theirs = torch.tensor([numbers[name] for name in queries.dialogues])
+        place = {name: i for i, name in enumerate(self.ids)}
+        itself = torch.tensor([place.get(name, -1) for name in queries.ids])
+        for start in range(0, len(queries.ids), block):
+            part = slice(start, start + block)
+            scores = (F.normalize(queries.vectors[part].double(), dim=-1) @ candidates).float()
+            if not allow_same_dialogue:
+                excluded = (theirs[part, None] == own) | (itself[part, None] == torch.arange(len(own)))
+                scores.masked_fill_(excluded, -torch.inf)
+            yield start, scores
+
+
+def demonstrations(
+    index: Index,
+    candidates: Mapping[str, Sample],
+    samples: Sequence[Sample],
+    vectors: Tensor,
+    *,
+    key: str,
+    k: int,
+    allow_same_dialogue: bool = False,
+) -> dict[str, list[Demonstration]]:
+    """The demonstration(s) R of each sample: responses r' of the nearest u', nearest first (§3.3 end).
+
+    Args:
+        candidates: the indexed samples, by id.
+        samples: Q samples of any split.
+        vectors: of their utterances [Q, width].
+        key, k, allow_same_dialogue: see `Index.search`.
+    """
+    found = index.search(key, Queries.of(vectors, samples), k, allow_same_dialogue=allow_same_dialogue)
+    result: dict[str, list[Demonstration]] = {}
+    for sample, positions, similarity in zip(samples, found.positions.tolist(), found.similarity.tolist(), strict=True):
+        sources = [candidates[index.ids[position]] for position in positions]
+        result[sample.id] = [
+            Demonstration(
+                sample=sample.id,
+                source=source.id,
+                utterance=source.utterance.text,
+                response=source.response.text,
+                emotion=source.response.emotion,
+                similarity=cosine,
+            )
+            for source, cosine in zip(sources, similarity, strict=True)
+        ]
+    return result
+
+
+def save_demonstrations(path: Path, found: Mapping[str, Sequence[Demonstration]]) -> None:
+    """Write one demonstration a line, in the order of samples, nearest first."""
+    lines = [json.dumps(asdict(one), ensure_ascii=False) for several in found.values() for one in several]
+    _write(path, "\n".join(lines))
+
+
+def load_demonstrations(path: Path) -> dict[str, list[Demonstration]]:
+    """Demonstrations by sample id, nearest first.
+
+    Raises:
+        DataError: naming the line that is no demonstration.
+    """
+    result: dict[str, list[Demonstration]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError("no demonstrations there", where=path, fix="make them: stage=index") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            fields = json.loads(line)
+            one = Demonstration(**{**fields, "emotion": Emotion(fields["emotion"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"is no demonstration ({error})", where=f"{path}:{number}", fix="make it again: stage=index force=true"
+            ) from error
+        result.setdefault(one.sample, []).append(one)
+    return result
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".tmp")
+    new.write_text(text + "\n", encoding="utf-8")
+    new.replace(path)

@@ -1,0 +1,183 @@
+"""The retriever: a SentenceTransformer of encoder, pooling and (once trained) self-separation (§3.3, eq. 1).
+
+d is the sentence width, s the number of slots. `e_u` [N, d] is the pooled encoder output, `E_s` [N, s·d] the
+flattened output of self-separation; a raw retriever, not trained by ELMD, has `e_u` only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import batch_to_device, load_file_path
+from torch import Tensor
+
+from elmd.errors import CheckpointError
+from elmd.log import logger, progress
+from elmd.retrieval.self_separation import SelfSeparation
+
+_SELF_SEPARATION = f"{SelfSeparation.__module__}.{SelfSeparation.__name__}"
+_THEIRS: dict[str, Any] = {"Transformer": Transformer, "Pooling": Pooling, "Normalize": Normalize}
+#: Weights come as safetensors or not at all; they are trained and compared in fp32 whatever they were stored in.
+_MODEL_KWARGS: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_retriever(
+    path: str | PathLike[str], *, max_tokens: int | None = None, device: str | torch.device = "cpu"
+) -> SentenceTransformer:
+    """A retriever from its folder (or hub id), equal to the saved one bit for bit.
+
+    `SentenceTransformer(path)` refuses the trained retriever, because self-separation is none of its own modules.
+    Here `modules.json` is read, and only Transformer, Pooling, Normalize and our SelfSeparation are accepted; no
+    class is imported by the name that the file gives. A folder without `modules.json` is taken for a bare encoder
+    and pooled by its mean.
+
+    Args:
+        path: a folder written by `save_pretrained` of sentence-transformers or transformers.
+        max_tokens: cut longer texts to this many tokens, where the checkpoint itself does not cut earlier.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: nothing there, a module of another class, or weights that cannot be read.
+    """
+    source = str(path)
+    if not Path(source).is_dir() and not _HUB_ID.fullmatch(source):
+        raise CheckpointError("no such folder", where=source, fix="check retriever.path")
+    listing = load_file_path(source, "modules.json")
+    try:
+        if listing is None:
+            encoder = Transformer(source, model_kwargs=dict(_MODEL_KWARGS))
+            modules = [encoder, Pooling(encoder.get_embedding_dimension(), "mean")]
+        else:
+            modules = [_load_module(source, entry) for entry in json.loads(Path(listing).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"cannot be loaded as a sentence encoder ({reason.rstrip('.')})",
+            where=source,
+            fix="give a folder of sentence-transformers or a BERT-like encoder with safetensors weights",
+        ) from error
+    kinds = [type(module) for module in modules]
+    if kinds[:2] != [Transformer, Pooling] or SelfSeparation in kinds[:-1]:
+        raise CheckpointError(
+            f"the modules {', '.join(kind.__name__ for kind in kinds) or '(none)'} are not those of a retriever",
+            where=listing,
+            fix="expected Transformer, Pooling and after them Normalize or SelfSeparation",
+        )
+    prompts = _prompts(source)
+    model = SentenceTransformer(modules=modules, device=str(device), similarity_fn_name="cosine", **prompts)
+    if max_tokens is not None:
+        model.max_seq_length = min(max_tokens, model.max_seq_length or max_tokens)
+    return model.eval()
+
+
+def _load_module(source: str, entry: dict[str, str]) -> Any:
+    kind = entry["type"]
+    cls = SelfSeparation if kind == _SELF_SEPARATION else None
+    if kind.startswith("sentence_transformers."):
+        cls = _THEIRS.get(kind.rsplit(".", 1)[1])
+    if cls is None:
+        raise CheckpointError(
+            f"module {kind!r} is not one a retriever may have",
+            where=Path(source, "modules.json"),
+            fix="only Transformer, Pooling and Normalize of sentence-transformers and ELMD's SelfSeparation are loaded",
+        )
+    if cls is Transformer:
+        return cls.load(source, subfolder=entry["path"], model_kwargs=dict(_MODEL_KWARGS))
+    return cls.load(source, subfolder=entry["path"])
+
+
+def _prompts(source: str) -> dict[str, Any]:
+    """What the checkpoint puts before each text, if anything; a retriever keeps it."""
+    path = load_file_path(source, "config_sentence_transformers.json")
+    settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    return {name: settings[name] for name in ("prompts", "default_prompt_name") if settings.get(name)}
+
+
+def add_separation(model: SentenceTransformer, slots: int, kind: str) -> SentenceTransformer:
+    """The encoder of `model` with a new, random self-separation on top; weights of the encoder are shared.
+
+    A Normalize of the checkpoint is left out: e_u is not normalised before c_i is added (cosines do not change).
+    """
+    modules = [module for module in model if isinstance(module, Transformer | Pooling)]
+    if len(modules) < len(model):
+        logger.info("retriever: %s left out, e_u is not normalised", ", ".join(type(m).__name__ for m in model[2:]))
+    width = modules[1].pooling_output_dimension
+    separation = SelfSeparation(width, slots, kind).to(model.device)
+    return SentenceTransformer(
+        modules=[*modules, separation], device=str(model.device), prompts=model.prompts,
+        default_prompt_name=model.default_prompt_name, similarity_fn_name="cosine",
+    )  # fmt: skip
+
+
+def separation_of(model: SentenceTransformer) -> SelfSeparation | None:
+    """The self-separation of a trained retriever; None for a raw one."""
+    last = model[-1]
+    return last if isinstance(last, SelfSeparation) else None
+
+
+class Embedded(NamedTuple):
+    """e_u [N, d] and the number of tokens that were run, padding included."""
+
+    e_u: Tensor
+    tokens: int
+
+
+def embed(model: SentenceTransformer, texts: Sequence[str], *, group: int = 8, what: str | None = None) -> Embedded:
+    """Eq. 1, with gradient where enabled: texts are encoded in groups of like length, the order is restored.
+
+    Args:
+        texts: N texts.
+        group: texts per pass; short ones then do not pay for a long one's padding.
+        what: shows a progress bar of this name.
+    """
+    prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
+    encoder = [module for module in model if not isinstance(module, SelfSeparation)]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    groups: Any = [order[i : i + group] for i in range(0, len(order), group)]
+    parts, tokens = [], 0
+    for members in progress(groups, what, unit="batch") if what else groups:
+        features = batch_to_device(model.preprocess([texts[i] for i in members], prompt=prompt), model.device)
+        tokens += features["attention_mask"].numel()
+        for module in encoder:
+            features = module(features)
+        parts.append(features["sentence_embedding"])
+    back = torch.tensor(order, device=model.device).argsort()
+    return Embedded(torch.cat(parts)[back], tokens)
+
+
+@torch.no_grad()
+def encode(
+    model: SentenceTransformer, texts: Sequence[str], *, batch_size: int = 64, what: str | None = None
+) -> dict[str, Tensor]:
+    """The keys that texts are retrieved by, on CPU in fp32: `e_u` [N, d] and, where the model has one, `E_s` [N, s·d].
+
+    Equal texts are encoded once and so get equal vectors, whatever batch they are in.
+    """
+    if not texts:
+        raise ValueError("there is no text to encode")
+    training = model.training
+    model.eval()
+    unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    e_u = embed(model, list(unique), group=batch_size, what=what).e_u.float()
+    rows = torch.tensor([unique[text] for text in texts])
+    keys = {"e_u": e_u.cpu()[rows]}
+    if (separation := separation_of(model)) is not None:
+        keys["E_s"] = torch.cat([separation.separate(part).flatten(1).cpu() for part in e_u.split(1024)])[rows]
+    model.train(training)
+    return keys
+
+
+def cut_texts(model: SentenceTransformer, texts: Sequence[str]) -> int:
+    """How many of the texts are longer than what the retriever reads."""
+    limit = model.max_seq_length
+    return 0 if limit is None else sum(len(ids) > limit for ids in model.tokenizer(list(texts))["input_ids"])

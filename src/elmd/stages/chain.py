@@ -1,0 +1,218 @@
+"""Runs stages: decides what is up to date, waits for others, keeps manifests, in the order the stages depend on."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from elmd.config import Config, StageName, plain
+from elmd.errors import ArtifactError, ElmdError
+from elmd.log import logger
+from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.training.artifacts import Store, digest, read_manifest
+
+#: Every stage by name: the module below `elmd.stages` and the name of its `Stage` there.
+STAGES = {
+    "bootstrap/world": ("bootstrap", "WORLD"),
+    "bootstrap/llm": ("bootstrap", "LLM"),
+    "bootstrap/vision": ("bootstrap", "VISION"),
+    "bootstrap/retriever": ("bootstrap", "RETRIEVER"),
+    "prepare": ("prepare", "STAGE"),
+    "erm": ("erm", "STAGE"),
+    "index": ("index", "STAGE"),
+    "features": ("features", "STAGE"),
+    "rep": ("rep", "STAGE"),
+    "eerg": ("eerg", "STAGE"),
+    "generate": ("generate", "STAGE"),
+}
+
+#: Libraries whose versions a manifest records.
+LIBRARIES = ("torch", "transformers", "peft", "sentence-transformers", "accelerate", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage with what it depends on resolved: its fingerprint says where its result is or will be."""
+
+    stage: Stage
+    depends: Depends
+    upstream: dict[str, str]
+    files: dict[str, Any]
+    fingerprint: str
+
+
+class Chain:
+    """The stages of one configuration."""
+
+    def __init__(self, cfg: Config, accelerator: Accelerator):
+        self.cfg, self.accelerator = cfg, accelerator
+        self.store = Store(Path(cfg.runs_dir))
+        self._nodes: dict[str, Node] = {}
+        self._forced: set[str] = set()
+
+    def node(self, name: str) -> Node:
+        """The stage called `name`, and through it everything that it stands on."""
+        if name not in self._nodes:
+            module, attribute = STAGES[name]
+            stage: Stage = getattr(importlib.import_module(f"elmd.stages.{module}"), attribute)
+            depends = stage.depends(self.cfg)
+            upstream = {other: self.node(other).fingerprint for other in depends.upstream}
+            files = {role: self.store.content(path) for role, path in depends.files.items()}
+            fingerprint = digest([stage.name, stage.version, depends.config, upstream, files, depends.seed])
+            self._nodes[name] = Node(stage, depends, upstream, files, fingerprint)
+        return self._nodes[name]
+
+    def folder(self, name: str) -> Path:
+        """Where the finished result of a stage is, or will be."""
+        return self.store.folder(name, self.node(name).fingerprint)
+
+    def order(self, name: str) -> Iterator[str]:
+        """The stages that `name` stands on, each before those that need it, `name` last."""
+        seen: set[str] = set()
+
+        def visit(current: str) -> Iterator[str]:
+            if current not in seen:
+                seen.add(current)
+                for other in self.node(current).depends.upstream:
+                    yield from visit(other)
+                yield current
+
+        return visit(name)
+
+    def run(self, name: StageName) -> None:
+        """Run what the command line's `stage=` names: one stage, all stand-ins, or the whole chain."""
+        if name is StageName.all:
+            names = list(self.order("eerg"))
+        elif name is StageName.bootstrap:
+            names = [n for n in self.order("eerg") if n.startswith("bootstrap/")]
+            if not names:
+                logger.info("nothing to make: no group of this configuration uses a stand-in")
+        else:
+            names = [name.value]
+        for one in names:
+            self.run_one(one)
+
+    def run_one(self, name: str) -> Path:
+        """Make a stage's result, or find it made already; prints `artifact: PATH`.
+
+        Raises:
+            ArtifactError: something that it needs has not been made.
+        """
+        node, rank = self.node(name), self.accelerator.process_index
+        for other, fingerprint in node.upstream.items():
+            if not self.store.finished(other, fingerprint):
+                raise ArtifactError(
+                    f"stage={name} needs the result of {other}, which has not been made for this configuration",
+                    where=self.store.folder(other, fingerprint),
+                    fix=f"run the same command with stage={other.partition('/')[0]} first, or with stage=all",
+                )
+        if rank == 0:
+            with self.store.lock(name, node.fingerprint):
+                folder = self._make(node)
+        else:
+            folder = self._make(node)
+        if rank == 0:
+            sys.stderr.flush()
+            print(f"artifact: {folder}", flush=True)
+        return folder
+
+    def _make(self, node: Node) -> Path:
+        name, fingerprint = node.stage.name, node.fingerprint
+        if self.cfg.force and self.accelerator.is_main_process and name not in self._forced:
+            if aside := self.store.set_aside(name, fingerprint):
+                logger.info("force=true: the earlier result of %s is now %s", name, aside)
+            self._forced.add(name)
+        decision = [self.store.finished(name, fingerprint)]  # rank 0 decides for all
+        broadcast_object_list(decision)
+        folder = self.store.folder(name, fingerprint)
+        if decision[0]:
+            logger.info("%s: up to date, reused (%s)", name, folder)
+            return folder
+
+        partial = self.store.partial(name, fingerprint)
+        if self.accelerator.is_main_process:
+            logger.info("%s: %s", name, "going on with an interrupted run" if partial.exists() else "running")
+            partial.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        started = time.time()
+        upstream = {other: self.store.folder(other, found) for other, found in node.upstream.items()}
+        try:
+            outcome = node.stage.run(self.cfg, Job(partial, upstream, self.accelerator))
+        except ElmdError:
+            if self.accelerator.is_main_process:
+                self.store.discard_if_empty(name, fingerprint)
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.store.finish(name, fingerprint, self._manifest(node, outcome, time.time() - started))
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _manifest(self, node: Node, outcome: Outcome, seconds: float) -> dict[str, Any]:
+        return {
+            "stage": node.stage.name,
+            "fingerprint": node.fingerprint,
+            "stage_version": node.stage.version,
+            "depends": {k: v for k, v in asdict(node.depends).items() if k != "files"},
+            "upstream": node.upstream,
+            "files": node.files,
+            "seed": node.depends.seed,
+            "command": sys.argv,
+            "config": plain(self.cfg),
+            "git": git_state(),
+            "versions": versions(),
+            "device": str(self.accelerator.device),
+            "world_size": self.accelerator.num_processes,
+            "wall_seconds": round(seconds, 2),
+            "primary": {"name": outcome.primary, "value": _lookup(outcome.metrics, outcome.primary)}
+            if outcome.primary
+            else None,
+            "metrics": outcome.metrics,
+            "counts": outcome.counts,
+        }
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        return read_manifest(self.folder(name))
+
+
+def _lookup(metrics: dict[str, Any], dotted: str) -> Any:
+    value: Any = metrics
+    for key in dotted.split("."):
+        value = value[key]
+    return value
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and dirty flag of the source tree that runs, None where it is no git checkout."""
+    where = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=where, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": bool(dirty.strip())}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that results depend on."""
+    found = {"python": sys.version.split()[0]}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "not installed"
+    return found

@@ -1,0 +1,95 @@
+"""What REP, EERG and generation read: samples, demonstrations, features, the language model and its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from elmd.config import Config, PromptConfig, plain
+from elmd.data.encode import Encoder
+from elmd.data.examples import Examples, Features, no_features, shuffled
+from elmd.data.features import FeatureStore
+from elmd.data.prompts import Prompt, Task
+from elmd.data.samples import load_samples
+from elmd.errors import ArtifactError
+from elmd.labels import EMOTIONS, WORDS
+from elmd.models.llm import load_llm
+from elmd.retrieval.index import load_demonstrations
+from elmd.stages.base import Depends, Job, checkpoint_path, standin
+from elmd.types import Demonstration, Sample
+
+
+def depends_on_parts(cfg: Config) -> Depends:
+    """Everything below, as far as this configuration has it (w/o ERM: no index; w/o V: no features)."""
+    upstream = ["prepare"]
+    if cfg.retrieves:
+        upstream.append("index")
+    if cfg.sees_video:
+        upstream.append("features")
+    config: dict[str, Any] = {
+        "prompt": plain(cfg.prompt),
+        "llm": {"dtype": cfg.llm.dtype, "attention": cfg.llm.attention},
+        "shuffle": cfg.vision.shuffle and cfg.sees_video,
+    }
+    return Depends(config=config, upstream=tuple(upstream)) | standin(cfg.llm.path, "llm")
+
+
+@dataclass
+class Parts:
+    """`width` is q, the width of the features; 0 without video."""
+
+    samples: list[Sample]
+    demonstrations: dict[str, list[Demonstration]]
+    features: Features
+    width: int
+    llm: PreTrainedModel
+    encoder: Encoder
+
+    def split(self, name: str) -> list[Sample]:
+        """Samples of a split.
+
+        Raises:
+            ArtifactError: it has none.
+        """
+        found = [sample for sample in self.samples if sample.split == name]
+        if not found:
+            raise ArtifactError(f"the data has no {name} samples", fix="look at the counts that stage=prepare printed")
+        return found
+
+    def examples(self, samples: Sequence[Sample], task: Task, *, with_target: bool, video: bool = True) -> Examples:
+        features = self.features if video else no_features
+        return Examples(samples, self.encoder, self.demonstrations, features, task, with_target=with_target)
+
+    @property
+    def words(self) -> list[list[int]]:
+        """Ids of each emotion's word, EOS included, in the order of `EMOTIONS`."""
+        return [[*self.encoder.text(WORDS[e]), self.encoder.tokenizer.eos_token_id] for e in EMOTIONS]
+
+
+def load_parts(cfg: Config, job: Job) -> Parts:
+    """Read it all from the upstream artifacts."""
+    samples = load_samples(job.upstream["prepare"] / "samples.jsonl")
+    demonstrations = load_demonstrations(job.upstream["index"] / "demonstrations.jsonl") if cfg.retrieves else {}
+    features: Features = no_features
+    width = 0
+    if cfg.sees_video:
+        store = FeatureStore(job.upstream["features"])
+        features, width = store.get, store.width
+        if cfg.vision.shuffle:
+            features = shuffled(features, samples, seed=cfg.data.split_seed)
+    llm, tokenizer = load_llm(
+        checkpoint_path(cfg.llm.path, "llm", job),
+        dtype=cfg.llm.dtype,
+        attention=cfg.llm.attention,
+        device=job.accelerator.device,
+    )
+    encoder = Encoder(tokenizer, prompt_of(cfg.prompt), cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
+    return Parts(samples, demonstrations, features, width, llm, encoder)
+
+
+def prompt_of(config: PromptConfig) -> Prompt:
+    """The prompt object of a configuration."""
+    return Prompt(**{field.name: getattr(config, field.name) for field in fields(Prompt)})

@@ -1,0 +1,151 @@
+"""Stage `prepare`: raw data set -> samples.jsonl (§3.1, §4.1) and audit.json."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from elmd.config import Config, Reader, SplitRule
+from elmd.data.audit import audit
+from elmd.data.cped import FILES, read_cped
+from elmd.data.jsonl import media_files, read_jsonl
+from elmd.data.m3ed import read_m3ed
+from elmd.data.samples import prepare, save_samples
+from elmd.data.source import Source, load_background
+from elmd.log import logger, table
+from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.training.artifacts import digest, write_json
+from elmd.types import SPLITS
+
+SAMPLES, AUDIT = "samples.jsonl", "audit.json"
+
+
+def depends(cfg: Config) -> Depends:
+    data = cfg.data
+    tiny = data.reader is Reader.tiny
+    files = {} if tiny else _source_files(cfg)
+    for role, path in (("emotion_map", data.emotion_map), ("background", data.background)):
+        if path is not None:
+            files[role] = Path(path)
+    config: dict[str, Any] = {
+        "reader": data.reader.value,
+        "split": data.split.value,
+        "split_seed": None if data.split is SplitRule.official else data.split_seed,
+        "filters": list(data.filters),
+        "on_missing_clip": data.on_missing_clip.value,
+        "media": _media(cfg),
+    }
+    return Depends(config=config, upstream=("bootstrap",) if tiny else (), files=files)
+
+
+def run(cfg: Config, job: Job) -> Outcome:
+    """Every rank reads and counts, so that all of them stop at the same error; rank 0 writes."""
+    data = cfg.data
+    found = prepare(
+        read(cfg, job.upstream.get("bootstrap")),
+        split=data.split.value,
+        seed=data.split_seed,
+        filters=data.filters,
+        on_missing_clip=data.on_missing_clip.value,
+        background=load_background(Path(data.background)) if data.background else None,
+    )
+    report = audit(found.samples)
+    if job.accelerator.is_main_process:
+        save_samples(job.folder / SAMPLES, found.samples)
+        write_json(job.folder / AUDIT, report)
+    show(found.counts, report)
+    return Outcome(counts=found.counts)
+
+
+def read(cfg: Config, bootstrap: Path | None) -> Source:
+    """The source that the configuration names; `bootstrap` is where the tiny world lies."""
+    data = cfg.data
+    labels = Path(data.emotion_map) if data.emotion_map else None
+    if data.reader is Reader.tiny:
+        assert bootstrap is not None, "depends() names bootstrap as upstream of data=tiny"
+        return read_jsonl(bootstrap / "world" / "dialogues.jsonl", emotion_map=labels)
+    assert data.path is not None, "elmd.config.check has seen to it"
+    path = Path(data.path)
+    if data.reader is Reader.jsonl:
+        return read_jsonl(path, emotion_map=labels)
+    reader = read_m3ed if data.reader is Reader.m3ed else read_cped
+    root = Path(data.video_root) if data.video_root else None
+    return reader(path, emotion_map=labels, video_root=root, video_template=data.video_template)
+
+
+def show(counts: dict[str, Any], report: dict[str, Any]) -> None:
+    """Print what was read, what became of it, and what was changed or lost on the way."""
+    columns = ("dialogues", "sentences", "turns", "pairs")
+    table("Data", ("", *columns), [("read", *(counts[name] for name in columns))])
+    rows = []
+    for split in SPLITS:
+        clips, leak = report["clips"][split], report["responses_in_train"].get(split, {})
+        rows.append((split, counts["samples"][split], clips["present"], leak.get("exact"), leak.get("normalised")))
+    table("Samples", ("split", "samples", "with clip", "response in train", "… normalised"), rows)
+    emotions = counts["emotions"]
+    table(
+        "Emotions of u / of r",
+        ("", *SPLITS),
+        [
+            (
+                name,
+                *(
+                    f"{emotions[split]['utterance'][name]:,} / {emotions[split]['response'][name]:,}"
+                    for split in SPLITS
+                ),
+            )
+            for name in emotions["train"]["utterance"]
+        ],
+    )
+    table(
+        "Filters",
+        ("", "chosen", "drops alone"),
+        [(name, "yes" if f["chosen"] else "no", f["drops_alone"]) for name, f in counts["filters"].items()],
+    )
+    lost = {**counts["dropped"], "clip missing, kept as text only": counts["text_only"]}
+    if any(lost.values()):
+        table("Dropped", ("cause", "samples"), [(cause, n) for cause, n in lost.items() if n])
+    for pair, both in report["shared_dialogues"].items():
+        if both["dialogues"]:
+            logger.warning("%s share %d dialogues, such as %s", pair, both["dialogues"], ", ".join(both["examples"]))
+    for what, note in counts["notes"].items():
+        logger.warning("%d × %s; first: %s", note["count"], what, note["example"])
+
+
+def _source_files(cfg: Config) -> dict[str, Path]:
+    """The files that the reader opens: a folder of M3ED or CPED may hold the videos as well."""
+    assert cfg.data.path is not None, "elmd.config.check has seen to it"
+    path = Path(cfg.data.path)
+    names = {
+        Reader.m3ed: ("annotation.json", "splitInfo"),
+        Reader.cped: tuple(FILES.values()),
+    }
+    inside = [path / name for name in names.get(cfg.data.reader, ()) if (path / name).exists()]
+    return {file.name: file for file in inside} if inside else {"data": path}
+
+
+def _media(cfg: Config) -> dict[str, Any] | None:
+    """Where the samples' clips lie and which exist, by name and size: samples.jsonl says both.
+
+    What is *in* a clip counts in `stage=features`. None: the data set names no clip of its own.
+    """
+    data = cfg.data
+    if data.reader is Reader.jsonl:
+        folder = Path(data.path or "").parent
+        files = media_files(Path(data.path or ""))
+    elif data.reader is not Reader.tiny and data.video_root:
+        folder = Path(data.video_root)
+        files = sorted(Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    else:
+        return None
+    if not files:
+        return None
+    listing = [
+        (os.path.relpath(file, folder), file.stat().st_size if file.is_file() else file.exists()) for file in files
+    ]
+    template = None if data.reader is Reader.jsonl else data.video_template
+    return {"folder": str(folder.resolve()), "template": template, "files": digest(listing)}
+
+
+STAGE = Stage("prepare", 1, depends, run)

@@ -1,0 +1,137 @@
+"""Response Emotion Prediction (§3.4): the visual projector learns to name the response's emotion; all else is frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from elmd.config import Config, plain
+from elmd.data.examples import Examples
+from elmd.errors import ConfigError
+from elmd.labels import EMOTIONS
+from elmd.log import table
+from elmd.metrics.emotion import emotion_scores
+from elmd.models.elmd import Elmd
+from elmd.models.inference import predict_emotions
+from elmd.models.projector import Projector
+from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.stages.parts import Parts, depends_on_parts, load_parts
+from elmd.training.artifacts import write_json
+from elmd.training.loop import Plan, fit
+from elmd.training.plots import confusion
+from elmd.training.tokens import TokenTask
+from elmd.types import Sample
+
+
+def depends(cfg: Config) -> Depends:
+    if not cfg.sees_video:
+        raise ConfigError(
+            "REP trains the visual projector, and vision=none has none",
+            where="stage",
+            fix="choose a vision=… that sees video, or go on with stage=eerg",
+        )
+    rep = {key: value for key, value in plain(cfg.rep).items() if key not in ("micro_tokens", "checkpoint_every")}
+    return depends_on_parts(cfg) | Depends(config={"rep": rep}, seed=cfg.seed)
+
+
+def run(cfg: Config, job: Job) -> Outcome:
+    parts = load_parts(cfg, job)
+    torch.manual_seed(cfg.seed)
+    model = Elmd(parts.llm, Projector(parts.width, parts.llm.get_input_embeddings().embedding_dim))
+    model.to(job.accelerator.device)
+
+    train = parts.examples(parts.split("train"), "rep", with_target=True)
+    select = parts.split(cfg.rep.select_on)
+    selection = parts.examples(select, "rep", with_target=False)
+
+    def evaluate() -> dict[str, float]:
+        scores = _scores(model, parts, selection, cfg, job)
+        return {key: scores[key] for key in ("accuracy", "weighted_f1")}
+
+    steps = cfg.rep.epochs * math.ceil(len(train) / cfg.rep.batch_size)
+    assert model.projector is not None
+    task = TokenTask(
+        model,
+        {"projector": model.projector},
+        train,
+        job.accelerator,
+        batch_size=cfg.rep.batch_size,
+        micro_tokens=cfg.rep.micro_tokens,
+        seed=cfg.seed,
+        evaluate=evaluate,
+    )
+    plan = Plan(
+        rates={"projector": cfg.rep.lr},
+        steps=steps,
+        seed=cfg.seed,
+        select="accuracy",
+        higher_is_better=True,
+        evaluate_every=max(1, steps // cfg.rep.epochs),
+        checkpoint_every=cfg.rep.checkpoint_every,
+        warmup=cfg.rep.warmup,
+        weight_decay=cfg.rep.weight_decay,
+        max_grad_norm=cfg.rep.max_grad_norm,
+    )
+    fit(task, plan, job.folder, job.accelerator, "REP")
+    return _finish(model, parts, cfg, job)
+
+
+def _finish(model: Elmd, parts: Parts, cfg: Config, job: Job) -> Outcome:
+    """Score the best projector on valid and test, beside the same language model without video."""
+    results, rows = {}, []
+    for split in ("valid", "test"):
+        samples = parts.split(split)
+        for name, video in (("projector", True), ("text only", False)):
+            examples = parts.examples(samples, "rep", with_target=False, video=video)
+            scores = _scores(model, parts, examples, cfg, job)
+            results[f"{split}/{name.replace(' ', '_')}"] = scores
+            rows.append([f"{split}, {name}", *(scores[k] for k in ("n", "accuracy", "weighted_f1", "majority"))])
+            rows += [
+                [f"  tag {tag}", s["n"], s["accuracy"], s["weighted_f1"], s["majority"]]
+                for tag, s in scores["tags"].items()
+            ]
+    if job.accelerator.is_main_process:
+        parts.encoder.prompt.save(job.folder / "prompt.json")
+        model.save(job.folder)
+        (job.folder / "model.safetensors").unlink()  # the same tensors, in the loop's naming
+        write_json(job.folder / "rep.json", results)
+        labels = [emotion.value for emotion in EMOTIONS]
+        confusion(results["test/projector"]["confusion"]["counts"], labels, job.folder / "confusion.png")
+    table("REP: response emotion", ["", "n", "accuracy", "weighted F1", "majority class"], rows)
+    best = results["test/projector"]
+    return Outcome(
+        metrics={
+            "test": {k: best[k] for k in ("accuracy", "weighted_f1", "majority", "n")},
+            "test_text_only": results["test/text_only"]["accuracy"],
+            "valid": {k: results["valid/projector"][k] for k in ("accuracy", "weighted_f1")},
+            "tags": {tag: s["accuracy"] for tag, s in best["tags"].items()},
+        },
+        primary="test.accuracy",
+        counts={"cut": dict(parts.encoder.cuts)},
+    )
+
+
+def _scores(model: Elmd, parts: Parts, examples: Examples, cfg: Config, job: Job) -> dict:
+    """Accuracy, F1 and confusion over `examples`, and the same within each tag of their utterances."""
+    found = predict_emotions(model, examples, parts.words, cfg.rep.micro_tokens, job.accelerator, "predict emotions")
+    gold = [sample.response.emotion for sample in examples.samples]
+    predicted = [EMOTIONS[i] for i in found]
+
+    def of(positions: Sequence[int]) -> dict:
+        return emotion_scores([gold[i] for i in positions], [predicted[i] for i in positions])
+
+    return {**of(range(len(gold))), "tags": {tag: of(at) for tag, at in by_tag(examples.samples).items()}}
+
+
+def by_tag(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Positions of the samples whose utterance carries each tag."""
+    found: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        for tag in sample.utterance.tags:
+            found.setdefault(tag, []).append(i)
+    return dict(sorted(found.items()))
+
+
+STAGE = Stage("rep", 1, depends, run)

@@ -1,0 +1,312 @@
+"""The training loop of every stage, from top to bottom: rate, micro-batches, reduce, clip, step, log, evaluate, save.
+
+What makes its results independent of machine and interruption:
+
+- A *global* batch is a list of samples, a function of seed and epoch; the task cuts a rank's share into micro-batches.
+- Each micro-batch's loss is a *sum*, divided by the weight N of the global batch (its number of target tokens), which
+  is known beforehand; gradients are then summed over ranks. So 1 x 8 = 8 x 1 micro-batches and 1 = 2 processes; a
+  mean of means would weigh short targets more.
+- Random numbers are reseeded for each step from (seed, step, rank), so step k draws the same whether or not the run
+  was interrupted, and nothing about them needs saving.
+- Only what trains is reduced and saved. The frozen model is in no process group and in no file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from elmd.errors import TrainingError
+from elmd.log import is_main, logger
+from elmd.training import checkpoint
+from elmd.training.plots import curves
+
+Batch = Sequence[int]
+
+
+class Task(Protocol):
+    """What the loop trains. Batches are positions in the task's own list of training samples."""
+
+    #: What trains, by the name it has in checkpoints.
+    modules: Mapping[str, nn.Module]
+
+    def batches(self, epoch: int) -> list[Batch]:
+        """The global batches of an epoch, equal on every rank."""
+        ...
+
+    def weight(self, batch: Batch) -> float:
+        """N: what the summed loss of the whole global batch is divided by."""
+        ...
+
+    def losses(self, batch: Batch, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
+        """For each micro-batch of this rank's share: (summed loss, tokens run). Backward follows each at once."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the selection split, equal on every rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train.
+
+    Attributes:
+        rates: learning rate of each of the task's modules, by name.
+        steps: optimizer steps in all; 0 only evaluates.
+        warmup: share of the steps with a linearly rising rate; after it the rate falls linearly to 0 (`decay`) or
+            stays.
+        select, higher_is_better: the metric of `Task.evaluate` that chooses the best checkpoint.
+        evaluate_every, checkpoint_every: in steps.
+    """
+
+    rates: Mapping[str, float]
+    steps: int
+    seed: int
+    select: str
+    higher_is_better: bool
+    evaluate_every: int
+    checkpoint_every: int
+    warmup: float = 0.0
+    decay: bool = True
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class Progress:
+    """Where a training stands; saved with each checkpoint."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def rate(step: int, plan: Plan) -> float:
+    """Factor on the learning rates at a step, counted from 0."""
+    warm = math.ceil(plan.warmup * plan.steps)
+    if step < warm:
+        return (step + 1) / warm
+    return (plan.steps - step) / max(1, plan.steps - warm) if plan.decay else 1.0
+
+
+def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: str) -> Progress:
+    """Train `task` by `plan`; continues from the newest checkpoint in `folder`.
+
+    Leaves `model.safetensors` (what trains, at its best step), `metrics.jsonl`, TensorBoard events and `curves.png` in
+    `folder`, and the best weights in the task's modules.
+
+    Raises:
+        TrainingError: the loss is zero or not finite.
+        SystemExit: 143 after SIGTERM, with a checkpoint written.
+    """
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    groups = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "lr": plan.rates[name], "name": name}
+        for name, module in task.modules.items()
+    ]
+    trained: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=plan.weight_decay)
+    peak = [group["lr"] for group in groups]
+
+    saved = checkpoint.load_latest(folder / "checkpoints", task.modules, optimizer)
+    progress = Progress(**saved) if saved else Progress()
+    if saved:
+        logger.info("%s: going on from the checkpoint of step %d of %d", what, progress.step, plan.steps)
+    journal = Journal(folder, progress.step) if is_main() else None
+    stop = StopFlag()
+    bar = tqdm(
+        total=plan.steps, initial=progress.step, desc=what, unit="step", disable=not is_main(), file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 10, leave=sys.stderr.isatty(),
+    )  # fmt: skip
+
+    if progress.step == 0:
+        _evaluate(task, plan, progress, folder, journal)
+    started = time.perf_counter()
+    for step, batch in itertools.islice(_stream(task, progress.step), plan.steps - progress.step):
+        # 1. Rates and random numbers of this step.
+        for group, lr in zip(optimizer.param_groups, peak, strict=True):
+            group["lr"] = lr * rate(step, plan)
+        torch.manual_seed((plan.seed * 1_000_003 + step) * 4096 + rank)
+
+        # 2. Gradient of this rank's share, micro-batch by micro-batch, then the sum over ranks.
+        weight = task.weight(batch)
+        loss, tokens = torch.zeros((), device=device), 0
+        for micro_loss, micro_tokens in task.losses(batch, rank, world):
+            (micro_loss / weight).backward()
+            loss, tokens = loss + micro_loss.detach().float() / weight, tokens + micro_tokens
+        total = torch.stack(
+            [loss, torch.tensor(float(tokens), device=device), torch.tensor(float(stop), device=device)]
+        )
+        reduce_gradients(trained, total, world)
+        value = total[0].item()
+        if not math.isfinite(value) or value == 0.0:
+            raise TrainingError(
+                f"the loss of step {step + 1} is {value}",
+                where=what,
+                fix="lower the learning rate, or look at samples "
+                + ", ".join(map(str, batch[:4]))
+                + " …; the checkpoint before it is kept",
+            )
+
+        # 3. Clip and step.
+        norm = torch.nn.utils.clip_grad_norm_(trained, plan.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress.step = step + 1
+
+        # 4. Tell.
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        if journal:
+            journal.write(
+                progress.step,
+                {
+                    "loss": value,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "grad_norm": norm.item(),
+                    "samples_per_s": len(batch) / seconds,
+                    "tokens_per_s": total[1].item() / seconds,
+                    "peak_gib": peak_memory(device),
+                },
+            )
+            bar.set_postfix(loss=f"{value:.3f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
+            bar.update()
+
+        # 5. Evaluate, keep the best, save.
+        if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
+            _evaluate(task, plan, progress, folder, journal)
+            started = time.perf_counter()
+        stopping = total[2].item() > 0
+        if is_main() and (stopping or progress.step % plan.checkpoint_every == 0):
+            checkpoint.save(folder / "checkpoints", progress.step, task.modules, optimizer, vars(progress))
+        if stopping:
+            logger.warning("%s: stopped by a signal at step %d; run the same command to go on", what, progress.step)
+            raise SystemExit(143)
+
+    bar.close()
+    stop.restore()
+    accelerator.wait_for_everyone()
+    checkpoint.load_tensors(folder / "model.safetensors", task.modules)
+    if journal:
+        journal.close()
+        curves(folder / "metrics.jsonl", folder / "curves.png", title=what)
+    return progress
+
+
+def reduce_gradients(parameters: Sequence[nn.Parameter], extra: Tensor, world: int) -> None:
+    """Sum gradients and the vector `extra` over ranks, in one message; ranks with no gradient count as zero."""
+    if world == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([extra.float(), *(p.grad.float().flatten() for p in parameters if p.grad is not None)])
+    dist.all_reduce(flat)
+    extra.copy_(flat[: len(extra)])
+    offset = len(extra)
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
+        offset += parameter.numel()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory in GiB: of the GPU, or of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _stream(task: Task, start: int) -> Iterator[tuple[int, Batch]]:
+    """(step, global batch) from step `start` on, epoch after epoch."""
+    step = 0
+    for epoch in itertools.count():
+        batches = task.batches(epoch)
+        if not batches:
+            raise TrainingError("there is no training sample", fix="look at the counts that stage=prepare printed")
+        if step + len(batches) > start:
+            for i, batch in enumerate(batches):
+                if step + i >= start:
+                    yield step + i, batch
+        step += len(batches)
+
+
+def _evaluate(task: Task, plan: Plan, progress: Progress, folder: Path, journal: Journal | None) -> None:
+    """Evaluate; write the trained tensors to `model.safetensors` if they are the best so far."""
+    metrics = task.evaluate()
+    value = metrics[plan.select]
+    progress.history.append({"step": progress.step, **metrics})
+    better = progress.best is None or (value > progress.best if plan.higher_is_better else value < progress.best)
+    if better:
+        progress.best, progress.best_step = value, progress.step
+        if is_main():
+            checkpoint.save_tensors(folder / "model.safetensors", checkpoint.tensors(task.modules))
+    if journal:
+        journal.write(progress.step, {f"valid/{key}": number for key, number in metrics.items()})
+        shown = "  ".join(f"{key} {number:.4g}" for key, number in metrics.items())
+        logger.info("step %d: %s%s", progress.step, shown, "  (best so far)" if better else "")
+
+
+class Journal:
+    """`metrics.jsonl` and TensorBoard events of a run; on resume, what came after the checkpoint is cut off."""
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = []
+        if step and path.is_file():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # the last line of a killed run
+                    continue
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept))
+        self.file = path.open("a")
+        self.events = SummaryWriter(folder / "events", purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for key, value in values.items():
+            self.events.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()
+
+
+class StopFlag:
+    """Becomes 1 when SIGTERM arrives; the loop then finishes its step, saves and leaves."""
+
+    def __init__(self) -> None:
+        self.raised = False
+        self.before: Any = signal.signal(signal.SIGTERM, self._raise)
+
+    def _raise(self, number: int, frame: Any) -> None:
+        self.raised = True
+
+    def __float__(self) -> float:
+        return float(self.raised)
+
+    def restore(self) -> None:
+        signal.signal(signal.SIGTERM, self.before)

@@ -1,0 +1,66 @@
+"""Training on target tokens: what REP (eq. 10) and EERG (eq. 11) have in common."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from elmd.data.collate import pack
+from elmd.data.examples import Examples
+from elmd.models.elmd import Elmd
+from elmd.models.inference import over
+from elmd.training.loop import Batch
+
+
+class TokenTask:
+    """Samples drawn at random into global batches, each run as length-sorted micro-batches under a token budget.
+
+    Args:
+        modules: what trains, by name.
+        batch_size: samples of a global batch, whatever the number of GPUs.
+        micro_tokens: tokens per micro-batch, padding included; changes memory and speed, not gradients.
+        evaluate: metrics on the selection split.
+    """
+
+    def __init__(
+        self,
+        model: Elmd,
+        modules: Mapping[str, nn.Module],
+        examples: Examples,
+        accelerator: Accelerator,
+        *,
+        batch_size: int,
+        micro_tokens: int,
+        seed: int,
+        evaluate: Callable[[], dict[str, float]],
+    ):
+        self.model, self.modules, self.examples, self.accelerator = model, modules, examples, accelerator
+        self.batch_size, self.micro_tokens, self.seed, self.evaluate = batch_size, micro_tokens, seed, evaluate
+
+    def batches(self, epoch: int) -> list[Batch]:
+        order = list(range(len(self.examples)))
+        random.Random(f"{self.seed}-{epoch}").shuffle(order)
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+    def weight(self, batch: Batch) -> float:
+        return float(self.examples.targets(batch))
+
+    def losses(self, batch: Batch, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
+        self.model.train()
+        lengths = self.examples.lengths
+        share = sorted(batch, key=lambda i: (lengths[i], i))[rank::world]
+        for positions in pack(lengths, share, self.micro_tokens):
+            micro = self.examples.batch(positions).to(self.accelerator.device)
+            yield self.model.loss(micro).sum(), sum(lengths[i] for i in positions)
+
+
+@torch.no_grad()
+def token_loss(model: Elmd, examples: Examples, budget: int, accelerator: Accelerator, what: str) -> float:
+    """Mean negative log-likelihood per target token over all `examples`."""
+    model.eval()
+    losses = over(examples, budget, accelerator, what, lambda batch, _: model.loss(batch).tolist())
+    return sum(losses) / examples.targets(range(len(examples)))
