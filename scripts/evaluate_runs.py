@@ -62,10 +62,12 @@ def collect(paths: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def _name(file: Path, given: Path) -> str:
+    """A file's own name, or for predictions.jsonl that of its folder, below the folder that was given."""
     if file.name != NAME:
         return file.stem
-    folder = file.parent.resolve() if file == given else (given.resolve().name / file.parent.relative_to(given))
-    return folder.name if file == given else folder.as_posix()
+    if file == given:
+        return file.absolute().parent.name
+    return (Path(given.absolute().name) / file.parent.relative_to(given)).as_posix()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=first, epilog="\n\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=f"folder of runs, or predictions file")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder of runs, or predictions file")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for scores.md, .csv and .tex")
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="default: all")
     args = parser.parse_args(arguments)
@@ -94,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log.table(group, columns, rows)
     for name, why in failed.items():
         log.logger.error("%s could not be scored: %s", name, why)
-    log.logger.info("%d scored, %d could not be scored; wrote %s", len(scores), len(failed), ", ".join(map(str, written)))
+    log.logger.info(
+        "%d scored, %d could not be scored; wrote %s", len(scores), len(failed), ", ".join(map(str, written))
+    )
     return 1 if failed else 0
 
 

@@ -241,7 +241,7 @@ class GenerateConfig:
     temperature: float = 0.95  # §4.3; 0: greedy
     max_new_tokens: int = 128
     seeds: list[int] = field(default_factory=lambda: [0])
-    batch_size: int = 32
+    batch_tokens: int = 8192  # prompt tokens per batch, padding included
 
 
 @dataclass

@@ -32,7 +32,7 @@ from elmd.types import Clip
 
 #: A span may reach this many seconds beyond the last frame (subtitle times are rough); the excess is cut. Ours.
 TOLERANCE_S = 1.0
-#: A file whose header promises this many seconds more than its frames cover is truncated (if the span needs them). Ours.
+#: A file whose header promises this many seconds more than its frames cover is truncated. Ours.
 TRUNCATED_S = 0.5
 #: What counts as a frame in a folder of frames.
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})

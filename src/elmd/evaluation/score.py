@@ -304,8 +304,8 @@ def _by_seed(predictions: Sequence[Prediction], where: str) -> dict[int | None, 
             what = f"seeds {first} and {seed} do not cover the same samples ({len(odd)} differ, e.g. {odd[0]!r})"
             raise DataError(what, where=where, fix="generate the missing ones, or give every line a seed")
         for id_, p in rows.items():
-            if p.reference != order[id_].reference:
-                what = f"id {id_!r} has different references with seeds {first} and {seed}"
+            if (p.reference, p.gold_emotion) != (order[id_].reference, order[id_].gold_emotion):
+                what = f"id {id_!r} has another reference or gold emotion with seed {seed} than with seed {first}"
                 raise DataError(what, where=where, fix="score runs on the same data")
     return {seed: [rows[id_] for id_ in order] for seed, rows in found.items()}
 
@@ -359,8 +359,8 @@ def _score(predictions: Sequence[Prediction], protocols: Sequence[str]) -> dict[
             name: list(bootstrap_interval(metric.statistics, metric.reduce)) for name, metric in _sum(metrics).items()
         }
     groups["surface"] = [surface([p.hypothesis for p in run], [p.demonstration for p in run]) for run in runs]
-    if any(p.gold_emotion is not None for run in runs for p in run):
-        groups["emotion"] = [_emotion_scores(run) for run in runs]
+    if emotions := _emotions(runs):
+        groups["emotion"] = emotions
     result: dict[str, Any] = {"n": len(runs[0]), "seeds": list(by_seed)}
     result |= {group: _average(per_seed) for group, per_seed in groups.items()}
     result["intervals"] = {
@@ -371,35 +371,38 @@ def _score(predictions: Sequence[Prediction], protocols: Sequence[str]) -> dict[
     return result
 
 
-def _emotion_scores(run: Sequence[Prediction]) -> dict[str, Any]:
-    """Emotion scores of the samples whose gold emotion is known; counts only where the system never names one."""
-    pairs = [(p.gold_emotion, p.predicted_emotion) for p in run if p.gold_emotion is not None]
-    if all(predicted is None for _, predicted in pairs):
-        return {"n": len(pairs), "missing": len(pairs)}
-    return emotion_scores([gold for gold, _ in pairs], [predicted for _, predicted in pairs])
+def _emotions(runs: Sequence[Sequence[Prediction]]) -> list[dict[str, Any]]:
+    """Emotion scores per seed over the samples whose gold emotion is known; empty if none is.
+
+    A system that never names an emotion was not asked to: it gets counts, not an accuracy of 0.
+    """
+    known = [[(p.gold_emotion, p.predicted_emotion) for p in run if p.gold_emotion is not None] for run in runs]
+    if not known[0]:
+        return []
+    if all(predicted is None for pairs in known for _, predicted in pairs):
+        return [{"n": len(pairs), "missing": len(pairs)} for pairs in known]
+    return [emotion_scores([gold for gold, _ in pairs], [predicted for _, predicted in pairs]) for pairs in known]
 
 
 def _average(per_seed: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Scores averaged over seeds; counts (n, missing, confusion) are summed."""
-    first = max(per_seed, key=len)  # a seed in which no emotion was named has counts only: its accuracy is 0
     result: dict[str, Any] = {}
-    for name, value in first.items():
-        values = [one.get(name, _zeros(value)) for one in per_seed]
+    for name, value in per_seed[0].items():
+        values = [one[name] for one in per_seed if one[name] is not None]
         if name == "confusion":
-            counts = np.sum([one["counts"] for one in values], axis=0).tolist()
-            result[name] = {**value, "counts": counts}
+            result[name] = {**value, "counts": np.sum([one["counts"] for one in values], axis=0).tolist()}
         elif isinstance(value, dict):
             result[name] = _average(values)
         elif isinstance(value, int):
             result[name] = sum(values)
         else:
-            result[name] = None if value is None else over_seeds(values).mean
+            result[name] = over_seeds(values).mean if values else None
     return result
 
 
 def _deviation(per_seed: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {
         name: float(np.std([one[name] for one in per_seed], ddof=1))
-        for name, value in per_seed[0].items()
-        if isinstance(value, float)
+        for name in per_seed[0]
+        if all(isinstance(one[name], float) for one in per_seed)
     }

@@ -24,7 +24,9 @@ Scores = Mapping[str, Mapping[str, Any]]
 
 def with_floors(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The rows of a table from the content of scores.json: systems, then floors by the name `floor: …`."""
-    return {**scores["systems"], **{f"floor: {name}": floor for name, floor in scores["floors"].items()}}
+    signatures = {"signatures": scores.get("signatures", {})}
+    rows = {**scores["systems"], **{f"floor: {name}": floor for name, floor in scores["floors"].items()}}
+    return {name: {**signatures, **row} for name, row in rows.items()}
 
 
 def group_table(scores: Scores, group: str) -> tuple[list[str], list[list[str]]]:

@@ -179,13 +179,12 @@ def meteor(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
 
 def signatures() -> dict[str, str]:
     """sacrebleu's signature of each of its metrics, with the n-gram order that it leaves out."""
-    metrics = _sacrebleu_metrics()
-    for metric in metrics.values():
+    found = {}
+    for name, metric in _sacrebleu_metrics().items():
         metric.corpus_score(["一"], [["一"]])  # the number of references enters the signature here
-    return {
-        name: f"{metric.get_signature()}|order:{getattr(metric, 'max_ngram_order', metric.__dict__.get('char_order'))}"
-        for name, metric in metrics.items()
-    }
+        order = f"|order:{metric.max_ngram_order}" if name.startswith("bleu") else ""  # chrF's signature has it as nc
+        found[name] = f"{metric.get_signature()}{order}"
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -56,13 +56,8 @@ class VisionEncoder(nn.Module):
         from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
 
         vision = Blip2VisionConfig(**_fields(shape.vision_config))
-        qformer = Blip2QFormerConfig(
-            **{
-                **_fields(shape.qformer_config),
-                "encoder_hidden_size": vision.hidden_size,
-                "use_qformer_text_input": False,
-            }
-        )
+        fixed = {"encoder_hidden_size": vision.hidden_size, "use_qformer_text_input": False}
+        qformer = Blip2QFormerConfig(**{**_fields(shape.qformer_config), **fixed})
         self.shape = shape
         self.vision_model = Blip2VisionModel(vision)
         if shape.post_layernorm_eps is not None:
@@ -75,7 +70,9 @@ class VisionEncoder(nn.Module):
     @property
     def image_size(self) -> int:
         """Side of the square input, in pixels."""
-        return int(self.vision_model.config.image_size)
+        size = self.vision_model.config.image_size
+        assert isinstance(size, int)
+        return size
 
     @property
     def tokens(self) -> int:

@@ -7,7 +7,7 @@ would hand the model the very response it is to write.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -114,19 +114,28 @@ class Index:
         Raises:
             DataError: fewer than k candidates are left to a query.
         """
+        numbers = {name: i for i, name in enumerate(dict.fromkeys([*self.dialogues, *queries.dialogues]))}
+        place = {name: i for i, name in enumerate(self.ids)}
+        candidates = torch.tensor([numbers[name] for name in self.dialogues])
+        own = torch.tensor([numbers[name] for name in queries.dialogues])[:, None]
+        itself = torch.tensor([place.get(name, -1) for name in queries.ids])[:, None]
         found = []
-        for start, scores in self._scores(key, queries, allow_same_dialogue, block):
+        for start in range(0, len(queries.ids), block):
+            part = slice(start, start + block)
+            scores = self.similarity(key, queries.vectors[part])
+            if not allow_same_dialogue:
+                excluded = (own[part] == candidates) | (itself[part] == torch.arange(len(candidates)))
+                scores.masked_fill_(excluded, -torch.inf)
             left = scores.isfinite().sum(dim=1)
             if (left < k).any():
                 worst = int(left.argmin())
                 raise DataError(
-                    f"{k} demonstrations are wanted, but {int(left[worst])} of {len(self.ids)} training samples are "
-                    "outside its own dialogue",
+                    f"{k} to be retrieved, but only {int(left[worst])} of {len(self.ids)} training samples are outside "
+                    "its own dialogue",
                     where=f"sample {queries.ids[start + worst]}",
                     fix="train on more dialogues, or lower retriever.k",
                 )
-            rows = torch.arange(len(scores))
-            best = []
+            rows, best = torch.arange(len(scores)), []
             for _ in range(k):
                 position = scores.argmax(dim=1)  # the first of several maxima
                 best.append((position, scores[rows, position]))
@@ -135,50 +144,19 @@ class Index:
         positions, similarity = (torch.cat(column) for column in zip(*found, strict=True))
         return Neighbours(positions, similarity)
 
-    def first_match(
-        self, key: str, queries: Queries, query_labels: Tensor, labels: Tensor, *, block: int = 1024
-    ) -> Tensor:
-        """Rank [Q], from 1, of the nearest admissible candidate whose label is the query's; 0 where there is none.
+    def similarity(self, key: str, vectors: Tensor) -> Tensor:
+        """Cosines [Q, N] in fp32 of the vectors [Q, width] with every candidate; nothing is excluded.
 
-        match@k is the share of ranks in 1 … k, MRR the mean of 1/rank (0 for none).
-
-        Args:
-            query_labels: [Q], integers.
-            labels: [N], integers.
+        Raises:
+            DataError: the index does not hold this key.
         """
-        ranks = []
-        positions = torch.arange(len(self.ids))
-        for start, scores in self._scores(key, queries, False, block):
-            wanted = query_labels[start : start + len(scores), None] == labels[None, :]
-            best, first = scores.masked_fill(~wanted, -torch.inf).max(dim=1, keepdim=True)
-            first = (scores.eq(best) & wanted).int().argmax(dim=1, keepdim=True)
-            before = (scores > best) | (scores.eq(best) & (positions < first))
-            ranks.append(torch.where(best[:, 0].isfinite(), 1 + before.sum(dim=1), 0))
-        return torch.cat(ranks)
-
-    def _scores(
-        self, key: str, queries: Queries, allow_same_dialogue: bool, block: int
-    ) -> Iterator[tuple[int, Tensor]]:
-        """(position of the first query, cosines [b, N] in fp32 with -inf at excluded candidates), block by block."""
         if key not in self.vectors:
             raise DataError(
-                f"the index has no key {key!r}, only {', '.join(self.vectors)}",
+                f"the index has no key {key!r}, only {', '.join(sorted(self.vectors))}",
                 where="retriever.key",
                 fix="choose one of these, or train a retriever with self-separation",
             )
-        candidates = self.vectors[key].double().T
-        numbers = {name: i for i, name in enumerate(dict.fromkeys([*self.dialogues, *queries.dialogues]))}
-        own = torch.tensor([numbers[name] for name in self.dialogues])
-        theirs = torch.tensor([numbers[name] for name in queries.dialogues])
-        place = {name: i for i, name in enumerate(self.ids)}
-        itself = torch.tensor([place.get(name, -1) for name in queries.ids])
-        for start in range(0, len(queries.ids), block):
-            part = slice(start, start + block)
-            scores = (F.normalize(queries.vectors[part].double(), dim=-1) @ candidates).float()
-            if not allow_same_dialogue:
-                excluded = (theirs[part, None] == own) | (itself[part, None] == torch.arange(len(own)))
-                scores.masked_fill_(excluded, -torch.inf)
-            yield start, scores
+        return (F.normalize(vectors.double(), dim=-1) @ self.vectors[key].double().T).float()
 
 
 def demonstrations(
@@ -231,7 +209,7 @@ def load_demonstrations(path: Path) -> dict[str, list[Demonstration]]:
     """
     result: dict[str, list[Demonstration]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # not splitlines: U+2028 is legal inside
     except OSError as error:
         raise DataError("no demonstrations there", where=path, fix="make them: stage=index") from error
     for number, line in enumerate(lines, start=1):

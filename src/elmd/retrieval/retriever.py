@@ -108,13 +108,13 @@ def add_separation(model: SentenceTransformer, slots: int, kind: str) -> Sentenc
 
     A Normalize of the checkpoint is left out: e_u is not normalised before c_i is added (cosines do not change).
     """
-    modules = [module for module in model if isinstance(module, Transformer | Pooling)]
+    modules: list[Any] = [module for module in model.children() if isinstance(module, Transformer | Pooling)]
     if len(modules) < len(model):
-        logger.info("retriever: %s left out, e_u is not normalised", ", ".join(type(m).__name__ for m in model[2:]))
+        logger.info("retriever: Normalize left out, e_u is not normalised before self-separation")
     width = modules[1].pooling_output_dimension
     separation = SelfSeparation(width, slots, kind).to(model.device)
     return SentenceTransformer(
-        modules=[*modules, separation], device=str(model.device), prompts=model.prompts,
+        modules=[*modules, separation], device=str(model.device), prompts=dict(model.prompts),
         default_prompt_name=model.default_prompt_name, similarity_fn_name="cosine",
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def embed(model: SentenceTransformer, texts: Sequence[str], *, group: int = 8, w
         what: shows a progress bar of this name.
     """
     prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
-    encoder = [module for module in model if not isinstance(module, SelfSeparation)]
+    encoder = [module for module in model.children() if not isinstance(module, SelfSeparation)]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     groups: Any = [order[i : i + group] for i in range(0, len(order), group)]
     parts, tokens = [], 0

@@ -74,7 +74,7 @@ class SelfSeparation(Module):
         self.save_torch_weights(output_path, safe_serialization=True)
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> SelfSeparation:
+    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> SelfSeparation:  # type: ignore[override]
         """The module as `save` wrote it; it lies in a local folder, so what else loaders pass is of no use here.
 
         Raises:

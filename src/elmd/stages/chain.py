@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from elmd.config import Config, StageName, plain
 from elmd.errors import ArtifactError, ElmdError
 from elmd.log import logger
 from elmd.stages.base import Depends, Job, Outcome, Stage
-from elmd.training.artifacts import Store, digest, read_manifest
+from elmd.training.artifacts import Store, digest, read_manifest, write_json
 
 #: Every stage by name: the module below `elmd.stages` and the name of its `Stage` there.
 STAGES = {
@@ -180,6 +181,17 @@ class Chain:
             "metrics": outcome.metrics,
             "counts": outcome.counts,
         }
+
+    def point(self, folder: Path) -> None:
+        """Write `artifacts.json`: where each finished result of this configuration lies, relative to `folder`."""
+        if not self.accelerator.is_main_process:
+            return
+        found = {
+            name: os.path.relpath(self.folder(name), folder)
+            for name in self.order("generate")
+            if self.store.finished(name, self.node(name).fingerprint)
+        }
+        write_json(folder / "artifacts.json", {"config": plain(self.cfg), "artifacts": found})
 
     def manifest(self, name: str) -> dict[str, Any]:
         return read_manifest(self.folder(name))

@@ -1,4 +1,4 @@
-"""Response Emotion Prediction (§3.4): the visual projector learns to name the response's emotion; all else is frozen."""
+"""Response Emotion Prediction (§3.4): the projector learns to name the response's emotion; all else is frozen."""
 
 from __future__ import annotations
 

@@ -1,0 +1,109 @@
+"""What the command lines share: Hydra, the checked configuration, one-sentence errors, exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from elmd import log
+from elmd.config import Config, check
+from elmd.errors import ConfigError, ElmdError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Action = Callable[[Config, "Accelerator"], None]
+
+
+def config_dir() -> Path:
+    """The configuration directory: `configs/` of the source tree, or its copy inside an installed package."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def command(name: str, action: Action) -> Callable[[], None]:
+    """A command line that composes `configs/<name>.yaml` and hands the checked configuration to `action`."""
+    _register()
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)
+    def main(raw: DictConfig) -> None:
+        guard(lambda: run(typed(raw), action))
+
+    return main
+
+
+def compose(overrides: Sequence[str] = (), name: str = "train") -> Config:
+    """The checked configuration of a command line, for tests and scripts."""
+    _register()
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return typed(hydra.compose(name, overrides=list(overrides)))
+
+
+def typed(raw: DictConfig) -> Config:
+    """Composed YAML as the dataclass, with the rules between fields checked.
+
+    Raises:
+        ConfigError: a value is missing or contradicts another.
+    """
+    try:
+        cfg = OmegaConf.to_object(raw)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0].rstrip("."), fix="see python -m elmd.train --help") from error
+    assert isinstance(cfg, Config)
+    check(cfg)
+    return cfg
+
+
+def run(cfg: Config, action: Action) -> None:
+    """Start accelerate as the configuration says and act."""
+    import torch
+    import transformers
+    from accelerate import Accelerator
+
+    log.setup()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    action(cfg, Accelerator(cpu=cfg.cpu))
+
+
+def guard(act: Callable[[], Any]) -> None:
+    """Run `act`; an error becomes one sentence on standard error and exit code 1, a traceback only on request."""
+    try:
+        act()
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command to go on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("ELMD_DEBUG") == "1":
+            raise
+        told = (
+            str(error)
+            if isinstance(error, ElmdError)
+            else f"{type(error).__name__}: {error}\nThis looks like a bug in ELMD; ELMD_DEBUG=1 shows where."
+        )
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(1)
+
+
+def experiment_folder(cfg: Config) -> Path:
+    """`runs/experiments/<name>/`; in a sweep each job has a folder of its own below it."""
+    folder = Path(cfg.runs_dir) / "experiments" / cfg.experiment_name
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        folder /= f"{cfg.ablation_name}{'-shuffled' if cfg.vision.shuffle else ''}-seed{cfg.seed}"
+    return folder
+
+
+def _register() -> None:
+    ConfigStore.instance().store(name="schema", node=Config)
