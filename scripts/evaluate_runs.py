@@ -79,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for scores.md, .csv and .tex")
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="default: all")
     args = parser.parse_args(arguments)
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file; name a folder")
     log.setup()
 
     protocols = list(PROTOCOLS) if args.protocol == "all" else [args.protocol]

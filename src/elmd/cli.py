@@ -31,13 +31,17 @@ def config_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
 
 
-def command(name: str, action: Action) -> Callable[[], None]:
-    """A command line that composes `configs/<name>.yaml` and hands the checked configuration to `action`."""
+def command(name: str, action: Action, *, checked: bool = True) -> Callable[[], None]:
+    """A command line that composes `configs/<name>.yaml` and hands the configuration to `action`.
+
+    Args:
+        checked: whether the rules between fields are checked beforehand.
+    """
     _register()
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)
     def main(raw: DictConfig) -> None:
-        guard(lambda: run(typed(raw), action))
+        guard(lambda: run(typed(raw, checked=checked), action))
 
     return main
 
@@ -49,8 +53,8 @@ def compose(overrides: Sequence[str] = (), name: str = "train") -> Config:
         return typed(hydra.compose(name, overrides=list(overrides)))
 
 
-def typed(raw: DictConfig) -> Config:
-    """Composed YAML as the dataclass, with the rules between fields checked.
+def typed(raw: DictConfig, *, checked: bool = True) -> Config:
+    """Composed YAML as the dataclass, with the rules between fields checked unless told otherwise.
 
     Raises:
         ConfigError: a value is missing or contradicts another.
@@ -60,7 +64,8 @@ def typed(raw: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0].rstrip("."), fix="see python -m elmd.train --help") from error
     assert isinstance(cfg, Config)
-    check(cfg)
+    if checked:
+        check(cfg)
     return cfg
 
 

@@ -166,5 +166,5 @@ def _check_header(header: list[str], path: Path) -> None:
         if len(missing) == 1
         else f"the columns {', '.join(missing)} are missing",
         where=where,
-        fix=f"name it in the first row; {suggest(missing[0], header)}",
+        fix=f"name it in the first row; {suggest(missing[0], header, 'found')}",
     )

@@ -8,17 +8,26 @@ goes on. Shards are memory-mapped: a row is read from disk when it is asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from elmd.errors import ArtifactError
+from elmd.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "index.json"
 SHARDS = "shards"
+
+
+class Place(NamedTuple):
+    """Row `row` of a shard of [tokens, width] features."""
+
+    shard: str
+    row: int
+    tokens: int
+    width: int
 
 
 class FeatureStore:
@@ -86,24 +95,30 @@ def write_shard(path: Path, features: Mapping[str, Tensor]) -> None:
     new.replace(path)
 
 
-def read_shards(folder: Path) -> tuple[dict[str, tuple[str, int]], tuple[int, int] | None]:
-    """What the finished shards hold: {clip key: (shard, row)}, and (V, q), None where there are no shards."""
+def read_shards(folder: Path) -> dict[str, Place]:
+    """Where the finished shards have which clip, by key."""
     from safetensors import safe_open
 
-    where: dict[str, tuple[str, int]] = {}
-    size: tuple[int, int] | None = None
+    places: dict[str, Place] = {}
     for path in sorted((folder / SHARDS).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            _, *shape = file.get_slice("features").get_shape()
-            size = (shape[0], shape[1])
-            where |= {key: (path.name, row) for row, key in enumerate(json.loads(file.metadata()["keys"]))}
-    return where, size
+            _, tokens, width = file.get_slice("features").get_shape()
+            keys = json.loads(file.metadata()["keys"])
+        places |= {key: Place(path.name, row, tokens, width) for row, key in enumerate(keys)}
+    return places
 
 
-def index_of(
-    samples: Mapping[str, str | None], where: Mapping[str, Sequence[Any]], size: tuple[int, int]
-) -> dict[str, Any]:
-    """The content of `index.json`: clip keys by sample id, places of those keys, and (V, q)."""
-    used = {key for key in samples.values() if key is not None}
-    clips = {key: list(place) for key, place in where.items() if key in used}
-    return {"tokens": size[0], "width": size[1], "samples": dict(samples), "clips": clips}
+def index_of(samples: Mapping[str, str | None], places: Mapping[str, Place]) -> dict[str, Any]:
+    """The content of `index.json`, from the clip key of each sample and the places of those keys.
+
+    Raises:
+        DataError: features of different samples have different sizes.
+    """
+    clips = {key: places[key] for key in samples.values() if key is not None}
+    sizes = {(place.tokens, place.width) for place in clips.values()}
+    if len(sizes) != 1:
+        found = " and ".join(str(list(size)) for size in sorted(sizes))
+        raise DataError(f"samples have features of different sizes: {found}", fix="make them all alike")
+    [(tokens, width)] = sizes
+    where = {key: [place.shard, place.row] for key, place in clips.items()}
+    return {"tokens": tokens, "width": width, "samples": dict(samples), "clips": where}

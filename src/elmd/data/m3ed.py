@@ -59,6 +59,8 @@ def read_m3ed(
         raise DataError("no such folder", where=path, fix="give the folder that holds annotation.json and splitInfo/")
     file = path / "annotation.json"
     shows = of_kind(parse_json(read_text(file), file), dict, "the file", str(file))
+    if not shows:
+        raise DataError("the file holds no dialogue", where=file, fix="download it again")
     splits = _read_splits(path / "splitInfo", shows)
     table = emotion_table({emotion.value: emotion for emotion in EMOTIONS}, emotion_map)
     clips = ClipTemplate(video_root, video_template) if video_root else None

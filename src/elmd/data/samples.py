@@ -134,8 +134,15 @@ def pairs(dialogues: Iterable[Dialogue]) -> list[Pair]:
 
 def has_vision(utterance: Utterance) -> bool:
     """Whether the utterance names a clip or a feature array that exists (what is in it shows when it is decoded)."""
-    clip = utterance.clip is not None and Path(utterance.clip.path).exists()
-    return clip or (utterance.features is not None and Path(utterance.features).exists())
+    named = (utterance.clip.path if utterance.clip else None, utterance.features)
+    return any(path is not None and _exists(path) for path in named)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name that no file system takes
+        return False
 
 
 #: Optional filters by name: what a pair must fulfil to be kept. The paper does not say which it used (Table 1).
@@ -271,7 +278,9 @@ def prepare(
         kept, missing = [pair for pair in kept if pair.id not in gone], []
     if not kept:
         raise DataError(
-            "no adjacent pair of two speakers is left", where="data", fix="check data.filters and the notes"
+            "no adjacent pair of two speakers is left",
+            where="data.filters",
+            fix="choose fewer filters, or give dialogues of two speakers",
         )
     bare = {pair.id for pair in missing}
     samples = [

@@ -54,13 +54,13 @@ class Source:
     notes: Notes = field(default_factory=Notes)
 
 
-def suggest(wrong: str, known: Iterable[str]) -> str:
-    """The end of an error's `fix`: the nearest known name, and the known ones."""
+def suggest(wrong: str, known: Iterable[str], listed_as: str = "known") -> str:
+    """The end of an error's `fix`: the nearest of some names, and the names themselves."""
     names = list(known)
     folded = {name.casefold(): name for name in names}
     near = get_close_matches(wrong.casefold(), folded, n=1, cutoff=0.5)
-    listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-    return (f"did you mean {folded[near[0]]!r}? " if near else "") + f"known: {listed}"
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    return (f"did you mean {folded[near[0]]!r}? " if near else "") + f"{listed_as}: {shown}"
 
 
 def read_text(path: Path) -> str:
@@ -165,7 +165,7 @@ def get(record: dict[str, Any], key: str, kind: type[T], where: str) -> T:
         DataError: the key is missing or its value is of another type.
     """
     if key not in record:
-        raise DataError(f"the key {key!r} is missing", where=where, fix=f"add it; {suggest(key, record)}")
+        raise DataError(f"the key {key!r} is missing", where=where, fix=f"add it; {suggest(key, record, 'found')}")
     return of_kind(record[key], kind, f"the value of {key!r}", where)
 
 
@@ -191,14 +191,14 @@ def clean(text: str, what: str, where: str, notes: Notes) -> str:
     Raises:
         DataError: nothing readable is left, or the text cannot be written as UTF-8.
     """
-    if not any(char.isprintable() and not char.isspace() for char in text):
-        raise DataError(f"the {what} is blank", where=where, fix=f"give it a {what} or delete the whole sentence")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise DataError(
             f"the {what} holds half of a surrogate pair", where=where, fix="replace the broken character"
         ) from None
+    if not any(char.isprintable() and not char.isspace() for char in text):
+        raise DataError(f"the {what} is blank", where=where, fix=f"give it a {what} or delete the whole sentence")
     if re.search(r"[\r\n\u2028\u2029]", text.strip()):
         notes.add(f"line break inside a {what}, replaced by a space", where)
     elif text != text.strip():

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -127,7 +127,7 @@ def _time_line(path: Path) -> _TimeLine:
                 kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
                 raise ClipError(f"the file has no video stream, only {kinds}", where=path)
             stream = videos[0]
-            base = stream.time_base
+            index, base = stream.index, stream.time_base  # a closed container's stream has neither
             packets = [p for p in container.demux(stream) if p.size and not p.is_discard and not p.is_corrupt]
             lasts = {p.pts: p.duration or 0 for p in packets if p.pts is not None}
             promised = _promised(container, stream)
@@ -140,7 +140,7 @@ def _time_line(path: Path) -> _TimeLine:
         raise ClipError("the video has no frames; the file may be truncated", where=path, fix="get the file again")
     starts = np.array([float((stamp - stamps[0]) * base) for stamp in stamps])
     last = float(lasts[stamps[-1]] * base) or (float(np.median(np.diff(starts))) if len(starts) > 1 else 0.04)
-    return _TimeLine(stream.index, len(videos), stamps, starts, float(starts[-1]) + last, promised)
+    return _TimeLine(index, len(videos), stamps, starts, float(starts[-1]) + last, promised)
 
 
 def _promised(container: Any, stream: Any) -> float | None:
@@ -263,7 +263,7 @@ def decode_clips(
     timeout_s: float = 60.0,
     ahead: int = 32,
     read: ReadClip = read_clip,
-) -> Iterator[tuple[str, np.ndarray | ClipError]]:
+) -> Generator[tuple[str, np.ndarray | ClipError], None, None]:
     """Decode clips in worker processes; yields (key, frames uint8 [m, size, size, 3] or why not) as they are done.
 
     A decoder may hang for ever (decord does, holding the GIL) or crash: the worker is then killed and replaced, and

@@ -84,9 +84,9 @@ WORDINGS: dict[Emotion, tuple[str, ...]] = {
 
 #: Ways to open a reply; none says anything by itself.
 OPENERS = (
-    "听你这么一讲", "照我看啊", "话说回来", "跟你说句实话", "你先听我说", "说到底", "依我之见", "不瞒你说", "换句话讲",
-    "怎么说呢", "老实讲", "这么说吧", "我琢磨着", "讲真的", "我寻思了一下", "仔细想想", "要我说呀", "你别说",
-    "说来也是", "这话在理", "哎我跟你讲", "其实吧", "我早就想说", "凭良心讲", "听我一句", "你看啊", "说句心里话", "倒也是",
+    "听你这么一讲", "照我看啊", "话说回来", "跟你说句实话", "你先听我说", "说到底", "依我之见", "不瞒你说", 
+    "换句话讲",     "怎么说呢", "老实讲", "这么说吧", "我琢磨着", "讲真的", "我寻思了一下", "仔细想想", "要我说呀", "你别说", "说来也是",
+    "这话在理", "哎我跟你讲", "其实吧", "我早就想说", "凭良心讲", "听我一句", "你看啊", "说句心里话", "倒也是",
 )  # fmt: skip
 HABITS = 2  # openers per emotion in one world
 
@@ -112,6 +112,7 @@ NAMES = (
 )  # fmt: skip
 
 SHOWS_TAG, HIDES_TAG = "text_shows", "text_hides"
+_EPISODES = 20  # dialogues of a show in the pretraining text
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,22 @@ def dialogue(
                 speaker=names[turn % 2],
                 text=opener + "，".join(parts) + "。",
                 emotion=emotion,
-                tags=(HIDES_TAG if hides else SHOWS_TAG, f"topic:{topic}"),
+                tags=(HIDES_TAG if hides else SHOWS_TAG,),
             )
         )
     told = draw.choice(BACKGROUNDS).format(
         a=names[0], b=names[1], relation=draw.choice(RELATIONS[relation]), topic=topic
     )
     return Dialogue(id_, show, tuple(utterances), told, split)
+
+
+def topic_of(text: str) -> str:
+    """The topic that a text of the world is about; it names one of the topic's subjects.
+
+    Raises:
+        StopIteration: the text is not of the world.
+    """
+    return next(topic for topic, (subjects, _) in TOPICS.items() if any(subject in text for subject in subjects))
 
 
 def dialogues(seed: int, sizes: dict[Split, int]) -> list[Dialogue]:
@@ -186,12 +196,12 @@ def dialogues(seed: int, sizes: dict[Split, int]) -> list[Dialogue]:
 
 
 def pretraining(seed: int, count: int) -> Iterator[tuple[Dialogue, Habits]]:
-    """`count` dialogues for the stand-ins, each with the habits of its show, ten dialogues a show.
+    """`count` dialogues for the stand-ins, each with the habits of its show, `_EPISODES` dialogues a show.
 
     Seeded apart from `dialogues`: only the lists of words and the rules are shared.
     """
     for number in range(count):
-        show, draw = number // 10, Random(f"pretraining-{seed}-{number}")
+        show, draw = number // _EPISODES, Random(f"pretraining-{seed}-{number}")
         habits = Habits.drawn(Random(f"pretraining-habits-{seed}-{show}"))
         id_ = f"pretraining-{number + 1:05d}"
         yield (

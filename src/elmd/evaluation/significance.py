@@ -132,7 +132,9 @@ def _resampled(n: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
         raise ValueError("no pairs to resample")
     rng = np.random.default_rng(seed)
     for at in range(0, resamples, CHUNK):
-        yield rng.multinomial(n, np.full(n, 1 / n), size=min(CHUNK, resamples - at)).astype(np.float64)
+        size = min(CHUNK, resamples - at)
+        drawn = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]  # each row counts in its own n bins
+        yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
 
 
 def _percentiles(scores: np.ndarray, level: float) -> tuple[float, float]:

@@ -92,7 +92,7 @@ def nucleus(names: Sequence[str], top_p: float, temperature: float, steps: int, 
     )
 
     def choose(logits: Tensor, step: int) -> Tensor:
-        probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+        probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         mass = probabilities.double().cumsum(-1)
         kept = mass - probabilities < top_p
         mass = torch.where(kept, mass, mass.gather(-1, kept.sum(-1, keepdim=True) - 1))

@@ -113,8 +113,9 @@ def add_separation(model: SentenceTransformer, slots: int, kind: str) -> Sentenc
         logger.info("retriever: Normalize left out, e_u is not normalised before self-separation")
     width = modules[1].pooling_output_dimension
     separation = SelfSeparation(width, slots, kind).to(model.device)
+    prompts: Any = model.prompts  # sentence-transformers declares values None that its constructor does not take
     return SentenceTransformer(
-        modules=[*modules, separation], device=str(model.device), prompts=dict(model.prompts),
+        modules=[*modules, separation], device=str(model.device), prompts=prompts,
         default_prompt_name=model.default_prompt_name, similarity_fn_name="cosine",
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ import shutil
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from elmd.config import BOOTSTRAP, Config, plain
+from elmd.config import Config, plain
 from elmd.data.samples import load_samples
 from elmd.errors import ConfigError, DataError
 from elmd.labels import EMOTIONS, INDEX
@@ -24,7 +23,7 @@ from elmd.losses import retriever_loss
 from elmd.metrics.retrieval import match_scores
 from elmd.retrieval.index import Index
 from elmd.retrieval.retriever import add_separation, cut_texts, embed, encode, load_retriever, separation_of
-from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.stages.base import Depends, Job, Outcome, Stage, checkpoint_path, standin
 from elmd.training.artifacts import replace_folder
 from elmd.training.loop import Batch, Plan, fit
 from elmd.types import Sample
@@ -34,23 +33,21 @@ _WITHOUT_EFFECT = ("checkpoint_every",)
 
 
 def depends(cfg: Config) -> Depends:
-    bootstrapped = cfg.retriever.path == BOOTSTRAP
     settings = {key: value for key, value in plain(cfg.erm).items() if key not in _WITHOUT_EFFECT}
+    if not cfg.retrieves:
+        raise ConfigError("this configuration retrieves nothing", where="retriever.k", fix="there is no ERM to train")
     return Depends(
         config={"erm": settings, "max_tokens": cfg.retriever.max_tokens, "key": cfg.retriever.key.value},
-        upstream=["prepare", *(["bootstrap"] if bootstrapped else [])],
-        files={} if bootstrapped or cfg.retriever.path is None else {"retriever": Path(cfg.retriever.path)},
+        upstream=["prepare"],
         seed=cfg.seed,
-    )
+    ) | standin(cfg.retriever.path, "retriever")
 
 
 def run(cfg: Config, job: Job) -> Outcome:
-    if cfg.retriever.path is None:
-        raise ConfigError("names no sentence encoder", where="retriever.path", fix="give its folder")
     # 1. Data, and the raw encoder with a new self-separation.
     samples = load_samples(job.upstream["prepare"] / "samples.jsonl")
     splits = {split: [s for s in samples if s.split == split] for split in ("train", "valid", "test")}
-    path = job.upstream["bootstrap"] / "retriever" if cfg.retriever.path == BOOTSTRAP else Path(cfg.retriever.path)
+    path = checkpoint_path(cfg.retriever.path, "retriever", job)
     model = load_retriever(path, max_tokens=cfg.retriever.max_tokens, device=job.accelerator.device)
     if cfg.erm.separation_weight:  # w/o SSC there is nothing that would train it
         with torch.random.fork_rng(devices=[]):
@@ -241,7 +238,8 @@ def emotion_batches(labels: Sequence[int], size: int, seed: int, epoch: int) -> 
         members = draw.sample(by_label[label], len(by_label[label]))
         pairs = [members[i : i + 2] for i in range(0, len(members), 2)]
         if len(pairs) > 1 and len(pairs[-1]) == 1:
-            pairs[-2] += pairs.pop()
+            odd = pairs.pop()
+            pairs[-1] += odd
         groups += pairs
     draw.shuffle(groups)
     groups.sort(key=len, reverse=True)  # the few triples first, so that pairs even them out

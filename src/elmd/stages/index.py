@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from elmd.config import Config
 from elmd.data.samples import load_samples
@@ -44,20 +45,23 @@ def run(cfg: Config, job: Job) -> Outcome:
     save_demonstrations(job.folder / DEMONSTRATIONS, found)
 
     by_split = {split: [sample for sample in samples if sample.split == split] for split in SPLITS}
-    report = {split: audit(some, candidates, found, leak) for split, some in by_split.items() if some}
+    report: dict[str, Any] = {split: audit(some, candidates, found, leak) for split, some in by_split.items() if some}
+    counts: dict[str, Any] = {split: len(some) for split, some in by_split.items()} | {
+        "candidates": len(candidates),
+        "demonstrations": sum(map(len, found.values())),
+    }
     table(
         f"Demonstrations by {key}, k = {k}: r' against the gold response r",
         ["split", "samples", "r' = r", "chance", "same emotion", "chance", "own dialogue", "cosine"],
         [
-            (split, len(by_split[split]), *(row[name] for name in (
+            (split, counts[split], *(row[name] for name in (
                 "gold_response", "gold_response_chance", "emotion_match", "emotion_match_chance", "own_dialogue",
                 "similarity",
             )))
             for split, row in report.items()
         ],
     )  # fmt: skip
-    counts = {"candidates": len(candidates), "demonstrations": sum(map(len, found.values()))}
-    return Outcome(metrics={**report}, counts=counts)
+    return Outcome(metrics=report, counts=counts)
 
 
 STAGE = Stage("index", 1, depends, run)

@@ -13,12 +13,13 @@ from elmd.data.jsonl import media_files, read_jsonl
 from elmd.data.m3ed import read_m3ed
 from elmd.data.samples import prepare, save_samples
 from elmd.data.source import Source, load_background
-from elmd.log import logger, table
+from elmd.log import table
 from elmd.stages.base import Depends, Job, Outcome, Stage
 from elmd.training.artifacts import digest, write_json
 from elmd.types import SPLITS
 
 SAMPLES, AUDIT = "samples.jsonl", "audit.json"
+WORLD = "bootstrap/world"
 
 
 def depends(cfg: Config) -> Depends:
@@ -36,14 +37,14 @@ def depends(cfg: Config) -> Depends:
         "on_missing_clip": data.on_missing_clip.value,
         "media": _media(cfg),
     }
-    return Depends(config=config, upstream=("bootstrap",) if tiny else (), files=files)
+    return Depends(config=config, upstream=(WORLD,) if tiny else (), files=files)
 
 
 def run(cfg: Config, job: Job) -> Outcome:
     """Every rank reads and counts, so that all of them stop at the same error; rank 0 writes."""
     data = cfg.data
     found = prepare(
-        read(cfg, job.upstream.get("bootstrap")),
+        read(cfg, job.upstream.get(WORLD)),
         split=data.split.value,
         seed=data.split_seed,
         filters=data.filters,
@@ -58,13 +59,13 @@ def run(cfg: Config, job: Job) -> Outcome:
     return Outcome(counts=found.counts)
 
 
-def read(cfg: Config, bootstrap: Path | None) -> Source:
-    """The source that the configuration names; `bootstrap` is where the tiny world lies."""
+def read(cfg: Config, world: Path | None) -> Source:
+    """The source that the configuration names; `world` is the folder of the tiny world, where data=tiny."""
     data = cfg.data
     labels = Path(data.emotion_map) if data.emotion_map else None
     if data.reader is Reader.tiny:
-        assert bootstrap is not None, "depends() names bootstrap as upstream of data=tiny"
-        return read_jsonl(bootstrap / "world" / "dialogues.jsonl", emotion_map=labels)
+        assert world is not None, "depends() names it as upstream of data=tiny"
+        return read_jsonl(world / "dialogues.jsonl", emotion_map=labels)
     assert data.path is not None, "elmd.config.check has seen to it"
     path = Path(data.path)
     if data.reader is Reader.jsonl:
@@ -106,11 +107,14 @@ def show(counts: dict[str, Any], report: dict[str, Any]) -> None:
     lost = {**counts["dropped"], "clip missing, kept as text only": counts["text_only"]}
     if any(lost.values()):
         table("Dropped", ("cause", "samples"), [(cause, n) for cause, n in lost.items() if n])
-    for pair, both in report["shared_dialogues"].items():
-        if both["dialogues"]:
-            logger.warning("%s share %d dialogues, such as %s", pair, both["dialogues"], ", ".join(both["examples"]))
-    for what, note in counts["notes"].items():
-        logger.warning("%d × %s; first: %s", note["count"], what, note["example"])
+    shared = [
+        (pair, n["dialogues"], n["examples"][0]) for pair, n in report["shared_dialogues"].items() if n["dialogues"]
+    ]
+    if shared:
+        table("Dialogues in two splits", ("splits", "dialogues", "such as"), shared)
+    if counts["notes"]:
+        odd = [(what, note["count"], note["example"]) for what, note in counts["notes"].items()]
+        table("Warnings: odd, but usable", ("what, and what was done", "times", "first"), odd)
 
 
 def _source_files(cfg: Config) -> dict[str, Path]:
@@ -131,21 +135,24 @@ def _media(cfg: Config) -> dict[str, Any] | None:
     What is *in* a clip counts in `stage=features`. None: the data set names no clip of its own.
     """
     data = cfg.data
-    if data.reader is Reader.jsonl:
-        folder = Path(data.path or "").parent
-        files = media_files(Path(data.path or ""))
-    elif data.reader is not Reader.tiny and data.video_root:
-        folder = Path(data.video_root)
-        files = sorted(Path(at) / name for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    if data.reader is Reader.jsonl and data.path is not None:
+        template, folder, files = None, Path(data.path).parent, media_files(Path(data.path))
+        if not files:
+            return None
+    elif data.reader in (Reader.m3ed, Reader.cped) and data.video_root is not None:
+        template, folder = data.video_template, Path(data.video_root)
+        files = sorted(Path(at) / name for at, _, names in os.walk(folder) for name in names)
     else:
         return None
-    if not files:
-        return None
-    listing = [
-        (os.path.relpath(file, folder), file.stat().st_size if file.is_file() else file.exists()) for file in files
-    ]
-    template = None if data.reader is Reader.jsonl else data.video_template
+    listing = [(os.path.relpath(file, folder), _size(file)) for file in files]
     return {"folder": str(folder.resolve()), "template": template, "files": digest(listing)}
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None
 
 
 STAGE = Stage("prepare", 1, depends, run)

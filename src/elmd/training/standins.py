@@ -1,0 +1,273 @@
+"""Training of the small stand-ins for the public checkpoints (§10 of the design): language model, vision, retriever.
+
+Each function makes one checkpoint from plain arguments and returns it with what was measured. None sees an emotion
+label but the language model, which reads them as words of its text, as a real one has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from elmd.data.encode import Encoder
+from elmd.data.faces import GEOMETRY, SIZE, Actor, describe, geometry
+from elmd.data.prompts import SLOTS, Prompt
+from elmd.log import is_main
+from elmd.models.tokenizer import chatglm2_tokenizer, train_pieces
+from elmd.models.vision import VisionEncoder, VisionShape
+from elmd.types import Demonstration, Sample
+
+HOLD_OUT = 20  # one in so many texts is kept for measuring
+
+
+def descend(parameters: Iterable[nn.Parameter], losses: Callable[[int], Tensor], steps: int, lr: float, what: str) -> None:
+    """AdamW with a short warm-up and a cosine to zero; `losses(step)` draws the batch."""
+    import sys
+
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warm = max(1, steps // 20)
+    bar = tqdm(
+        range(steps), desc=what, unit="step", disable=not is_main(), file=sys.stderr,
+        mininterval=0.2 if sys.stderr.isatty() else 10, leave=sys.stderr.isatty(),
+    )  # fmt: skip
+    for step in bar:
+        share = (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm + 1)))
+        optimizer.param_groups[0]["lr"] = lr * share
+        loss = losses(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+# --- language model ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One text for the language model: a prompt with its target, in words.
+
+    Attributes:
+        content: the user's message; holds `SLOTS` where a scene is to stand.
+        scene: phrases that say what the face does, repeated to fill the place of the slots; empty for none.
+        target: what follows.
+    """
+
+    content: str
+    scene: tuple[str, ...]
+    target: str
+
+
+def lessons(
+    samples: Sequence[Sample], like: Callable[[Sample, Random], Sample | None], prompt: Prompt, seed: int, *, scenes: bool
+) -> Iterator[Lesson]:
+    """Every sample as a prompt of a drawn kind: REP or EERG, with and without scene, demonstration and history.
+
+    Args:
+        like: draws the sample whose response is the demonstration.
+        scenes: whether the text may describe the speaker's face.
+    """
+    for number, sample in enumerate(samples):
+        draw = Random(f"lesson-{seed}-{number}")
+        task = "rep" if draw.random() < 0.6 else "eerg"
+        shown = scenes and draw.random() < 0.8
+        other = like(sample, draw) if draw.random() < 0.6 else None
+        kept = None if draw.random() < 0.7 else draw.randint(0, len(sample.history))
+        demonstrations = [] if other is None else [
+            Demonstration(other.id, other.dialogue, other.utterance.text, other.response.text, other.response.emotion, 1.0)
+        ]
+        parts = prompt.parts(sample, demonstrations, task, video=shown, history=kept)
+        if draw.random() < 0.05:
+            parts["background"] = ""
+        scene = describe(geometry(sample.utterance.emotion, draw), draw) if shown else []
+        yield Lesson("".join(parts.values()), tuple(scene), prompt.target(sample.response.emotion, sample.response.text, task))
+
+
+def train_tokenizer(texts: Sequence[Lesson], vocab_size: int) -> Any:
+    """ChatGLM2's tokenizer format on the text of the lessons, in the chat template's frame."""
+    lines = []
+    for lesson in texts:
+        for text in (f"[Round 1]\n问：{lesson.content}\n答：".replace(SLOTS, "\n"), *lesson.scene, lesson.target):
+            lines += [line for line in text.split("\n") if line]
+    return chatglm2_tokenizer(train_pieces(lines, vocab_size))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A lesson in ids; the target begins at `at`, the slots' words lie in [slots.start, slots.stop)."""
+
+    ids: list[int]
+    at: int
+
+
+def encode_lesson(lesson: Lesson, encoder: Encoder, draw: Random) -> Line:
+    """Ids as `Encoder` makes them, with the scene's words, 4 to 18 tokens of them, where visual tokens will be."""
+    before, after = encoder.wrap(lesson.content)
+    scene: list[int] = []
+    length = draw.randint(4, 18) if lesson.scene else 0
+    while len(scene) < length:
+        phrases = list(lesson.scene)
+        draw.shuffle(phrases)
+        scene += encoder.text("，".join(phrases) + "，")
+    prompt = [*before, *scene[:length], *after]
+    return Line([*prompt, *encoder.text(lesson.target), encoder.tokenizer.eos_token_id], len(prompt))
+
+
+def train_llm(
+    texts: Sequence[Lesson], encoder: Encoder, *, hidden: int, layers: int, steps: int, lr: float, seed: int, batch: int = 32
+) -> tuple[Any, dict[str, float]]:
+    """A GLM of ChatGLM2's shape on `texts`, one in `HOLD_OUT` held out for the perplexity.
+
+    Returns:
+        the model, and `perplexity` (per target token), `tokens_per_s`, `parameters`.
+    """
+    import time
+
+    from transformers import GlmConfig, GlmForCausalLM
+
+    torch.manual_seed(seed)
+    vocabulary = len(encoder.tokenizer)
+    config = GlmConfig(
+        vocab_size=-(-vocabulary // 64) * 64, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=2, head_dim=32, partial_rotary_factor=0.5,
+        attention_bias=True, tie_word_embeddings=False, rms_norm_eps=1e-5, max_position_embeddings=2048,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = GlmForCausalLM(config)
+    draw = Random(f"llm-{seed}")
+    lines = [encode_lesson(text, encoder, draw) for text in texts]
+    held, lines = lines[::HOLD_OUT], [line for i, line in enumerate(lines) if i % HOLD_OUT]
+    # Batches of like lengths waste no padding; their order is drawn.
+    tokens = 0
+
+    def loss(step: int) -> Tensor:
+        nonlocal tokens
+        if step % (len(lines) // batch) == 0:
+            order = sorted(range(len(lines)), key=lambda i: len(lines[i].ids) + draw.random() * 8)
+            loss.batches = [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]  # type: ignore
+            draw.shuffle(loss.batches)  # type: ignore
+        chosen = [lines[i] for i in loss.batches[step % (len(lines) // batch)]]  # type: ignore
+        tokens += sum(len(line.ids) for line in chosen)
+        every, target = line_losses(model, chosen)
+        return 0.3 * every.mean() + target.mean()
+
+    model.train()
+    started = time.perf_counter()
+    descend(model.parameters(), loss, steps, lr, "language model")
+    seconds = time.perf_counter() - started
+    model.eval()
+    with torch.no_grad():
+        found = torch.cat([line_losses(model, held[i : i + batch])[1] for i in range(0, len(held), batch)])
+    return model, {
+        "perplexity": math.exp(found.mean().item()),
+        "tokens_per_s": tokens / seconds,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def line_losses(model: Any, lines: Sequence[Line]) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of every prompt token, and of every target token; both flat."""
+    length = max(len(line.ids) for line in lines)
+    ids = torch.zeros(len(lines), length, dtype=torch.long)
+    role = torch.zeros(len(lines), length, dtype=torch.long)
+    for i, line in enumerate(lines):
+        ids[i, : len(line.ids)] = torch.tensor(line.ids)
+        role[i, : len(line.ids)] = 1
+        role[i, line.at : len(line.ids)] = 2
+    # Padded on the right: what is behind a line's end is never looked back at, and needs no mask.
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    role = role[:, 1:].flatten()
+    return nll[role == 1], nll[role == 2]
+
+
+# --- vision tower --------------------------------------------------------------------------------------------------
+
+#: Values a face may take while the tower learns, whatever they would express; see `GEOMETRY`.
+_RANGES = {"mouth_open": (-0.2, 1.2), "nose": (-0.2, 1.2)}
+
+
+def any_face(draw: Random) -> np.ndarray:
+    """A face of no emotion in particular: each number apart, at rest in one case of four, else anywhere in its range."""
+    return np.array(
+        [0.0 if draw.random() < 0.25 else draw.uniform(*_RANGES.get(name, (-1.2, 1.2))) for name in GEOMETRY],
+        dtype=np.float32,
+    )
+
+
+def portraits(count: int, draw: Random) -> tuple[Tensor, Tensor]:
+    """`count` frames of new people with any face: uint8 [count, 64, 64, 3] and geometry [count, 7]."""
+    faces = [any_face(draw) for _ in range(count)]
+    sway = [(draw.uniform(-1.2, 1.2), draw.uniform(-0.6, 0.6)) for _ in range(count)]
+    frames = np.stack([Actor(draw).draw(face, shift) for face, shift in zip(faces, sway, strict=True)])
+    return torch.from_numpy(frames), torch.from_numpy(np.stack(faces))
+
+
+class Reader(nn.Module):
+    """Reads geometry off the query outputs [N, o, q]: query i tells number i alone, so each looks at its own part."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(len(GEOMETRY), width) * width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(len(GEOMETRY)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[:, : len(GEOMETRY)] * self.weight).sum(-1) + self.bias
+
+
+def train_vision(*, hidden: int, steps: int, lr: float, seed: int, batch: int = 48) -> tuple[VisionEncoder, dict[str, float]]:
+    """A BLIP-2 vision tower and Q-Former with a query per number of `GEOMETRY`, trained to tell that number.
+
+    Returns:
+        the encoder, and `geometry_r2` on people it has not seen, `frames_per_s` of training, `parameters`.
+    """
+    import time
+
+    torch.manual_seed(seed)
+    shape = VisionShape(
+        vision_config={
+            "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "image_size": SIZE, "patch_size": 8, "initializer_range": 0.02,
+        },
+        qformer_config={
+            "vocab_size": 2, "hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 2 * hidden, "cross_attention_frequency": 1, "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 8,
+        },
+        num_query_tokens=len(GEOMETRY) + 1,
+    )  # fmt: skip
+    encoder = VisionEncoder(shape)
+    reader = Reader(hidden)
+    draw = Random(f"vision-{seed}")
+
+    def loss(step: int) -> Tensor:
+        frames, faces = portraits(batch, draw)
+        return F.mse_loss(reader(encoder(encoder.pixels(frames))), faces)
+
+    encoder.train()
+    started = time.perf_counter()
+    descend([*encoder.parameters(), *reader.parameters()], loss, steps, lr, "vision tower")
+    seconds = time.perf_counter() - started
+    encoder.eval()
+    frames, faces = portraits(256, Random(f"vision-held-{seed}"))
+    with torch.no_grad():
+        told = reader(encoder(encoder.pixels(frames)))
+    r2 = 1 - ((told - faces) ** 2).mean(0) / faces.var(0, unbiased=False)
+    return encoder, {
+        "geometry_r2": r2.mean().item(),
+        "frames_per_s": steps * batch / seconds,
+        "parameters": sum(p.numel() for p in encoder.parameters()),
+    }

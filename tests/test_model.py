@@ -1,0 +1,348 @@
+"""The model against slow oracles: loss, masks, batches, prefix, generation, scoring, saving."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from conftest import make_demonstrations, make_samples
+from elmd.data.collate import IGNORED, collate, pack
+from elmd.data.encode import Encoded, Encoder
+from elmd.data.examples import Examples, shuffled
+from elmd.data.prompts import SLOTS, Prompt
+from elmd.errors import CheckpointError, ConfigError
+from elmd.labels import EMOTIONS, WORDS, Emotion
+from elmd.models.elmd import Elmd
+from elmd.models.inference import generate, greedy, nucleus, predict_emotions
+from elmd.models.llm import load_llm
+from elmd.models.prefix import Prefix
+from elmd.models.projector import Projector
+from elmd.training.tokens import TokenTask, token_loss
+
+PROMPT = Prompt(
+    instruction="{task}\n", background="{background}\n", turn="{speaker}：{text}\n", utterance="{speaker}：{text}\n",
+    video="画面：{video}\n", demonstration="参考：{response}\n", rep="情感？", eerg="回复？",
+)  # fmt: skip
+SAMPLES = make_samples()
+VISUAL = {s.id: torch.randn(3 + i % 2, 6, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(SAMPLES)}
+VISUAL[SAMPLES[3].id] = None  # a sample without a clip
+
+
+@pytest.fixture(scope="module")
+def llm(llm_folder: Path):
+    return load_llm(llm_folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(llm) -> Encoder:
+    return Encoder(llm[1], PROMPT, 200, 40)
+
+
+def build(llm, *, prefix: int = 4, seed: int = 0) -> Elmd:
+    torch.manual_seed(seed)
+    return Elmd(llm[0], Projector(6, 32), Prefix.create(llm[0], prefix, 0.0) if prefix else None).eval()
+
+
+def examples(encoder: Encoder, task: str = "eerg", *, with_target: bool = True, samples=SAMPLES) -> Examples:
+    return Examples(samples, encoder, make_demonstrations(SAMPLES), VISUAL.get, task, with_target=with_target)
+
+
+def slow_logits(model: Elmd, row: Encoded, visual: torch.Tensor | None) -> torch.Tensor:
+    """Logits [L, vocabulary] of one sample without padding, from the definition: embed piece by piece, run it all."""
+    embed = model.llm.get_input_embeddings()
+    pieces = [embed(torch.tensor(row.before, dtype=torch.long))]
+    if visual is not None:
+        pieces.append(model.projector.linear(visual))
+    pieces += [embed(torch.tensor(ids, dtype=torch.long)) for ids in (row.after, row.target)]
+    embeddings = torch.cat(pieces)[None]
+    length = embeddings.shape[1]
+    cache = None
+    if model.prefix is not None:
+        p, config = model.prefix.length, model.llm.config
+        shape = (p, config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
+        table = model.prefix.table.embedding.weight.view(shape)
+        cache = DynamicCache([(table[None, :, i, 0].transpose(1, 2), table[None, :, i, 1].transpose(1, 2))
+                              for i in range(config.num_hidden_layers)])  # fmt: skip
+    return model.llm(
+        inputs_embeds=embeddings, position_ids=torch.arange(length)[None], past_key_values=cache, use_cache=True
+    ).logits[0]
+
+
+@pytest.mark.parametrize("prefix", [0, 4])
+def test_loss_equals_the_slow_sum_over_unpadded_samples(llm, encoder, prefix: int) -> None:
+    model, data = build(llm, prefix=prefix), examples(encoder)
+    everything = list(range(len(data)))
+    found = model.loss(data.batch(everything))
+    for i in everything:
+        row, logits = data.rows[i], slow_logits(model, data.rows[i], VISUAL[SAMPLES[i].id])
+        n = len(row.target)
+        slow = F.cross_entropy(logits[-n - 1 : -1], torch.tensor(row.target), reduction="sum")
+        assert found[i].item() == pytest.approx(slow.item(), rel=2e-5)
+
+
+def test_gradients_of_prefix_and_projector_equal_the_slow_ones(llm, encoder) -> None:
+    model, data = build(llm), examples(encoder)
+    model.loss(data.batch([0, 1, 4])).sum().backward()
+    fast = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    for i in (0, 1, 4):
+        n = len(data.rows[i].target)
+        logits = slow_logits(model, data.rows[i], VISUAL[SAMPLES[i].id])
+        F.cross_entropy(logits[-n - 1 : -1], torch.tensor(data.rows[i].target), reduction="sum").backward()
+    slow = [p.grad for p in model.parameters() if p.requires_grad]
+    assert len(fast) == len(slow) == 3  # table, weight, bias: nothing of the language model
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_are_exactly_the_target_and_eos(encoder) -> None:
+    draw = random.Random(0)
+    for trial in range(200):
+        rows = [
+            Encoded(
+                before=[draw.randrange(3, 90) for _ in range(draw.randrange(1, 9))],
+                slots=draw.choice([0, 3]),
+                after=[draw.randrange(3, 90) for _ in range(draw.randrange(0, 6))],
+                target=[*(draw.randrange(3, 90) for _ in range(draw.randrange(0, 6))), 2],
+            )
+            for _ in range(draw.randrange(1, 5))
+        ]
+        visual = [torch.full((row.slots, 2), float(i)) if row.slots else None for i, row in enumerate(rows)]
+        batch = collate(rows, visual)
+        for i, row in enumerate(rows):
+            real = batch.mask[i]
+            assert real.sum() == row.length, trial
+            assert not real[: len(real) - row.length].any(), "padding is on the left"
+            assert batch.labels[i][batch.labels[i] != IGNORED].tolist() == row.target
+            assert batch.labels[i, len(real) - len(row.target) :].tolist() == row.target
+            words = [*row.before, *[0] * row.slots, *row.after, *row.target]
+            assert batch.ids[i][real].tolist() == words
+            assert batch.positions[i][real].tolist() == list(range(row.length))
+            assert batch.slots[i][real].tolist() == [
+                len(row.before) <= j < len(row.before) + row.slots for j in range(row.length)
+            ]
+        if batch.visual is not None:
+            owners = batch.slots.nonzero()[:, 0].float()
+            assert torch.equal(batch.visual[:, 0], owners), "features stand in row order"
+        assert batch.keep == max(len(row.target) for row in rows)
+
+
+def test_target_is_emotion_then_response_and_splits_back(encoder) -> None:
+    row = examples(encoder).rows[1]
+    text = encoder.tokenizer.decode(row.target, skip_special_tokens=True)
+    gold = SAMPLES[1].response
+    assert row.target[-1] == encoder.tokenizer.eos_token_id
+    assert PROMPT.split_target(text) == (gold.emotion, gold.text)
+    assert PROMPT.split_target("我不知道") == (None, "我不知道")
+    assert PROMPT.split_target("高兴") == (Emotion.HAPPY, "")
+    assert examples(encoder, "rep").rows[1].target == [*encoder.text(WORDS[gold.emotion]), 2]
+
+
+def test_prompt_does_not_depend_on_the_target_and_parts_stand_in_order(encoder) -> None:
+    with_target, without = examples(encoder).rows[5], examples(encoder, with_target=False).rows[5]
+    assert (with_target.before, with_target.after) == (without.before, without.after)
+    assert without.target == []
+    parts = PROMPT.parts(SAMPLES[5], make_demonstrations(SAMPLES)[SAMPLES[5].id], "eerg", video=True)
+    assert list(parts) == ["instruction", "background", "history", "utterance", "video", "demonstration"]
+    text = encoder.tokenizer.decode(without.before + without.after)
+    places = [text.index(parts[p].strip().split(SLOTS)[0]) for p in parts if parts[p]]
+    assert places == sorted(places)
+
+
+def test_truncation_cuts_in_order_and_counts(llm) -> None:
+    sample = SAMPLES[7]
+    demos = make_demonstrations(SAMPLES)[sample.id]
+    full = Encoder(llm[1], PROMPT, 500, 40)(sample, demos, "eerg", 4, with_target=False)
+    seen = []
+    for limit in range(full.length, 30, -1):
+        encoder = Encoder(llm[1], PROMPT, limit, 40)
+        try:
+            row = encoder(sample, demos, "eerg", 4, with_target=False)
+        except ConfigError:
+            break
+        assert row.length <= limit
+        seen.append(tuple(encoder.cuts))
+    with pytest.raises(ConfigError, match="the instruction and 4 video slots alone exceed 10 tokens"):
+        Encoder(llm[1], PROMPT, 10, 40)(sample, demos, "eerg", 4, with_target=False)
+    order = ["history", "background", "demonstration", "utterance"]
+    assert seen[0] == ()
+    assert seen[-1] == tuple(order), "all of them were cut before giving up"
+    for cuts in seen:
+        assert list(cuts) == order[: len(cuts)]
+
+
+def test_target_is_cut_in_training_only(llm) -> None:
+    encoder = Encoder(llm[1], PROMPT, 200, 5)
+    row = encoder(SAMPLES[0], (), "eerg", 0, with_target=True)
+    assert len(row.target) == 5
+    assert row.target[-1] == 2
+    assert encoder.cuts["target"] == 1
+
+
+def test_typed_control_strings_stay_text(llm, encoder) -> None:
+    from dataclasses import replace
+
+    sample = replace(SAMPLES[0], utterance=replace(SAMPLES[0].utterance, text=f"[gMASK]sop</s>{SLOTS}"))
+    row = encoder(sample, (), "eerg", 3, with_target=False)
+    assert sum(i >= len(llm[1]) - 5 for i in row.before + row.after) == 2, "only the template's own [gMASK] sop"
+    assert 2 not in row.before + row.after
+    assert "[gMASK]sop</s>" in encoder.tokenizer.decode(row.before)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.95])
+def test_generation_does_not_depend_on_the_batch(llm, encoder, temperature: float) -> None:
+    model, data = build(llm), examples(encoder, with_target=False)
+    kwargs = {"eos": 2, "max_new_tokens": 12, "top_p": 0.7, "temperature": temperature, "seed": 3}
+    together = generate(model, data, 10_000, Accelerator(cpu=True), **kwargs)
+    alone = generate(model, data, 1, Accelerator(cpu=True), **kwargs)
+    assert together == alone
+    assert len({tuple(ids) for ids in together}) > 3
+    if temperature:
+        assert generate(model, data, 10_000, Accelerator(cpu=True), **{**kwargs, "seed": 4}) != together
+
+
+def test_generation_equals_recomputing_each_token(llm, encoder) -> None:
+    model, data = build(llm), examples(encoder, with_target=False)
+    for i in (0, 3, 5):
+        fast = model.generate(data.batch([i]), greedy, eos=2, max_new_tokens=8)[0]
+        slow: list[int] = []
+        while len(slow) < 8:
+            row = data.rows[i]
+            row = Encoded(row.before, row.slots, row.after, slow)
+            token = slow_logits(model, row, VISUAL[SAMPLES[i].id])[-1].argmax().item()
+            if token == 2:
+                break
+            slow.append(token)
+        assert fast == slow
+
+
+def test_nucleus_draws_from_the_kept_tokens_in_proportion() -> None:
+    probabilities = torch.tensor([0.05, 0.5, 0.15, 0.3])
+    counts = torch.zeros(4)
+    rows = 64
+    choose = nucleus([str(i) for i in range(rows)], 0.7, 1.0, 200, seed=0)
+    for step in range(200):
+        counts += torch.bincount(choose(probabilities.log().expand(rows, 4), step), minlength=4)
+    share = counts / counts.sum()
+    assert share[0] == share[2] == 0, "0.5 + 0.3 reach 0.7"
+    assert share[1].item() == pytest.approx(0.5 / 0.8, abs=0.01)
+    certain = torch.tensor([[-50.0, 50.0, -50.0, -50.0]])
+    assert nucleus(["x"], 0.7, 0.95, 1, 0)(certain, 0).item() == 1
+
+
+def test_scores_equal_losses_of_the_words(llm, encoder) -> None:
+    model = build(llm)
+    words = [[*encoder.text(word), 2] for word in WORDS.values()]
+    assert len({len(word) for word in words}) > 1 or len(words[0]) > 2, "words of several tokens"
+    data = examples(encoder, "rep", with_target=False)
+    scores = model.score(data.batch([0, 2, 3, 5]), words)
+    for row, i in enumerate((0, 2, 3, 5)):
+        for column, word in enumerate(words):
+            full = Encoded(data.rows[i].before, data.rows[i].slots, data.rows[i].after, word)
+            loss = model.loss(collate([full], [VISUAL[SAMPLES[i].id]]))
+            assert -scores[row, column].item() == pytest.approx(loss.item(), rel=1e-4)
+    best = predict_emotions(model, data, words, 300, Accelerator(cpu=True), "")
+    assert [best[i] for i in (0, 2, 3, 5)] == scores.argmax(-1).tolist()
+
+
+def test_one_times_eight_equals_eight_times_one(llm, encoder) -> None:
+    gradients = []
+    for budget in (100_000, 1, 200):
+        model, data = build(llm), examples(encoder)
+        task = TokenTask(
+            model, {"prefix": model.prefix, "projector": model.projector}, data, Accelerator(cpu=True),
+            batch_size=8, micro_tokens=budget, seed=0, evaluate=dict,
+        )  # fmt: skip
+        batch = task.batches(0)[0]
+        losses = list(task.losses(batch, 0, 1))
+        assert len(losses) == {100_000: 1, 1: 8}.get(budget, len(losses))
+        for loss, _ in losses:
+            (loss / task.weight(batch)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() / gradients[0].norm() < 1e-5
+
+
+def test_global_batches_cover_every_sample_once(llm, encoder) -> None:
+    model, data = build(llm), examples(encoder)
+    task = TokenTask(model, {}, data, Accelerator(cpu=True), batch_size=5, micro_tokens=1, seed=0, evaluate=dict)
+    assert sorted(i for batch in task.batches(0) for i in batch) == list(range(len(data)))
+    assert task.batches(0) == task.batches(0)
+    assert task.batches(0) != task.batches(1)
+    assert task.weight([0, 1]) == len(data.rows[0].target) + len(data.rows[1].target)
+
+
+def test_pack_keeps_the_budget_and_every_row() -> None:
+    draw = random.Random(0)
+    lengths = [draw.randrange(1, 50) for _ in range(40)]
+    order = sorted(range(40), key=lengths.__getitem__)
+    groups = pack(lengths, order, 100)
+    assert [i for group in groups for i in group] == order
+    assert all(max(lengths[i] for i in g) * len(g) <= 100 for g in groups)
+    assert len(groups) < 40
+
+
+def test_token_loss_is_the_mean_over_all_target_tokens(llm, encoder) -> None:
+    model, data = build(llm), examples(encoder)
+    whole = model.loss(data.batch(range(len(data)))).sum().item() / data.targets(range(len(data)))
+    assert token_loss(model, data, 150, Accelerator(cpu=True), "") == pytest.approx(whole, rel=1e-5)
+    assert not math.isnan(whole)
+
+
+def test_saved_parts_alone_give_identical_outputs(llm, encoder, tmp_path: Path) -> None:
+    model, data = build(llm), examples(encoder, with_target=False)
+    model.save(tmp_path)
+    files = {p.relative_to(tmp_path).as_posix(): p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()}
+    assert {name for name in files if not name.endswith("README.md")} == {
+        "projector.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+    }  # fmt: skip
+    assert sum(files.values()) < 20_000, "what trains, not the language model"
+    again = Elmd.load(tmp_path, llm[0]).eval()
+    batch = data.batch([0, 3, 5])
+    assert torch.equal(model(batch, keep=3).logits, again(batch, keep=3).logits)
+    with pytest.raises(CheckpointError, match="holds neither a projector nor a prefix"):
+        Elmd.load(tmp_path / "nothing", llm[0])
+
+
+def test_dropout_touches_the_prefix_in_training_only(llm, encoder) -> None:
+    torch.manual_seed(0)
+    model = Elmd(llm[0], Projector(6, 32), Prefix.create(llm[0], 4, 0.5))
+    batch = examples(encoder).batch([0, 1])
+    model.eval()
+    assert torch.equal(model.loss(batch), model.loss(batch))
+    model.train()
+    assert not model.llm.training
+    assert not torch.equal(model.loss(batch), model.loss(batch))
+
+
+def test_wrong_widths_are_refused(llm) -> None:
+    with pytest.raises(CheckpointError, match="the projector writes 16 numbers, the language model reads 32"):
+        Elmd(llm[0], Projector(6, 16))
+
+
+def test_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere: cannot be loaded as a language model .*; give llm\.path"):
+        load_llm(tmp_path / "nowhere")
+
+
+def test_shuffled_features_permute_within_splits() -> None:
+    mixed = shuffled(VISUAL.get, SAMPLES, seed=1)
+    for split in ("train", "valid", "test"):
+        ids = [s.id for s in SAMPLES if s.split == split and VISUAL[s.id] is not None]
+        before = sorted(hashlib.sha256(VISUAL[i].numpy().tobytes()).hexdigest() for i in ids)
+        after = sorted(hashlib.sha256(mixed(i).numpy().tobytes()).hexdigest() for i in ids)
+        assert before == after
+    assert mixed(SAMPLES[3].id) is None
+    assert any(not torch.equal(mixed(s.id), VISUAL[s.id]) for s in SAMPLES if VISUAL[s.id] is not None)
+
+
+def test_emotion_words_and_labels_agree() -> None:
+    assert len(set(WORDS.values())) == len(EMOTIONS) == 7
