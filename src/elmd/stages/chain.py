@@ -183,15 +183,14 @@ class Chain:
         }
 
     def point(self, folder: Path) -> None:
-        """Write `artifacts.json`: where each finished result of this configuration lies, relative to `folder`."""
-        if not self.accelerator.is_main_process:
-            return
-        found = {
-            name: os.path.relpath(self.folder(name), folder)
-            for name in self.order("generate")
-            if self.store.finished(name, self.node(name).fingerprint)
-        }
-        write_json(folder / "artifacts.json", {"config": plain(self.cfg), "artifacts": found})
+        """Write `artifacts.json`: where the results that this command used or made lie, relative to `folder`."""
+        if self.accelerator.is_main_process:
+            found = {
+                name: os.path.relpath(self.folder(name), folder)
+                for name, node in self._nodes.items()
+                if self.store.finished(name, node.fingerprint)
+            }
+            write_json(folder / "artifacts.json", {"config": plain(self.cfg), "artifacts": found})
 
     def manifest(self, name: str) -> dict[str, Any]:
         return read_manifest(self.folder(name))
