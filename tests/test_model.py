@@ -25,6 +25,8 @@ from elmd.models.inference import generate, greedy, nucleus, predict_emotions
 from elmd.models.llm import load_llm
 from elmd.models.prefix import Prefix
 from elmd.models.projector import Projector
+from elmd.training import checkpoint
+from elmd.training.loop import Plan, fit
 from elmd.training.tokens import TokenTask, token_loss
 
 PROMPT = Prompt(
@@ -346,3 +348,28 @@ def test_shuffled_features_permute_within_splits() -> None:
 
 def test_emotion_words_and_labels_agree() -> None:
     assert len(set(WORDS.values())) == len(EMOTIONS) == 7
+
+
+def state_hash(module: torch.nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def test_rep_moves_the_projector_and_nothing_else(llm_folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_llm(llm_folder)
+    encoder = Encoder(tokenizer, PROMPT, 200, 40)
+    elmd = build((model, tokenizer), prefix=0)
+    before = state_hash(elmd.llm), state_hash(elmd.projector)
+    task = TokenTask(
+        elmd, {"projector": elmd.projector}, examples(encoder, "rep"), Accelerator(cpu=True), batch_size=4,
+        micro_tokens=300, seed=0, evaluate=lambda: {"score": 0.0},
+    )  # fmt: skip
+    plan = Plan({"projector": 1e-2}, 3, 0, "score", True, evaluate_every=3, checkpoint_every=3)
+    elmd.train()
+    fit(task, plan, tmp_path, Accelerator(cpu=True), "REP")
+    checkpoint.load_latest(tmp_path / "checkpoints", task.modules, torch.optim.AdamW(elmd.projector.parameters()))
+    assert state_hash(elmd.llm) == before[0]
+    assert state_hash(elmd.projector) != before[1]
+    assert all(not p.requires_grad and p.grad is None for p in elmd.llm.parameters())

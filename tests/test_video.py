@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import clips
 import numpy as np
 import pytest
 from PIL import Image
 
+import clips
 from elmd.data.video import decode_clips, frame_indices, read_clip
 from elmd.errors import ClipError, ElmdError
 from elmd.types import Clip

@@ -227,7 +227,9 @@ def test_a_public_blip2_folder_loads_its_towers(tmp_path: Path) -> None:
 
 
 def test_folders_that_hold_no_encoder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"none/config\.json: the vision checkpoint lacks this file; check vision"):
+    with pytest.raises(
+        CheckpointError, match=r"none/config\.json: the vision checkpoint lacks this file; check vision"
+    ):
         VisionEncoder.load(tmp_path / "none")
 
     tiny().save(tmp_path)

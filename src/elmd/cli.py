@@ -103,10 +103,10 @@ def guard(act: Callable[[], Any]) -> None:
 
 
 def experiment_folder(cfg: Config) -> Path:
-    """`runs/experiments/<name>/`; in a sweep each job has a folder of its own below it."""
+    """`runs/experiments/<name>/`; each job of a sweep has its own folder there, named by what the job sets."""
     folder = Path(cfg.runs_dir) / "experiments" / cfg.experiment_name
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        folder /= f"{cfg.ablation_name}{'-shuffled' if cfg.vision.shuffle else ''}-seed{cfg.seed}"
+        folder /= HydraConfig.get().job.override_dirname or "job"
     return folder
 
 

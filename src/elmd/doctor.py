@@ -88,7 +88,7 @@ def data(cfg: Config) -> Iterator[Finding]:
         )
     else:
         path = Path(cfg.data.path)
-        wanted = path / "annotation.json" if cfg.data.reader is Reader.m3ed and path.is_dir() else path
+        wanted = path / "annotation.json" if cfg.data.reader is Reader.m3ed and not path.is_file() else path
         there = wanted.exists()
         yield Finding(
             name, str(wanted), "" if there else f"not there: {HOMES.get(cfg.data.name, 'check it')}", not there

@@ -237,7 +237,7 @@ class _Precomputed:
                     where=self.sources[key],
                     fix="give every utterance an array of the same shape",
                 )
-            tokens = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+            tokens = torch.from_numpy(np.array(array, dtype=np.float32))
             tokens = (pool(tokens) if tokens.dim() == 3 else tokens).half()
             if not tokens.isfinite().all():
                 raise DataError(

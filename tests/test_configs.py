@@ -1,0 +1,166 @@
+"""The configuration directory: everything composes, ablations differ in their declared keys only, errors are told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT
+from elmd.cli import compose
+from elmd.config import Key, plain
+from elmd.errors import ConfigError
+
+CONFIGS = ROOT / "configs"
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+GIVEN = ["data.path=x", "llm.path=x", "vision.path=x"]  # what no experiment can know
+
+#: What each ablation of Table 3 may change, and to what.
+DECLARED = {
+    "no_erm": {"retriever.k": 0},
+    "no_ert": {"erm.emotion_weight": 0.0},
+    "no_ssc": {"erm.separation_weight": 0.0, "retriever.key": "e_u"},
+    "no_v": {"vision.kind": "none"},
+    "no_rep": {"eerg.projector_from": "random"},
+}
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, one in value.items():
+        found |= flat(one, f"{prefix}{key}.") if isinstance(one, dict) else {prefix + key: one}
+    return found
+
+
+def test_the_directory_is_not_empty() -> None:
+    assert len(EXPERIMENTS) >= 6
+    assert {path.stem for path in (CONFIGS / "ablation").glob("*.yaml")} == {"none", *DECLARED}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(name: str) -> None:
+    cfg = compose([f"experiment={name}", *GIVEN])
+    assert cfg.experiment_name == name
+    head = (CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    for word in ("-m elmd.train", "Hardware and time:", "Held against"):
+        assert word in head, f"opens with {word}"
+
+
+@pytest.mark.parametrize("group", ["data", "llm", "vision", "retriever", "prompt"])
+def test_every_choice_of_every_group_composes(group: str) -> None:
+    choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    assert len(choices) >= 2
+    for choice in choices:
+        cfg = compose([f"{group}={choice}", *GIVEN])
+        if group != "prompt":
+            assert getattr(cfg, group).name == choice
+
+
+@pytest.mark.parametrize("experiment", ["demo", "table2_m3ed", "cped_tiny"])
+@pytest.mark.parametrize("ablation", DECLARED)
+def test_ablations_differ_in_declared_keys_only(experiment: str, ablation: str) -> None:
+    full = flat(plain(compose([f"experiment={experiment}", *GIVEN])))
+    without = flat(plain(compose([f"experiment={experiment}", f"ablation={ablation}", *GIVEN])))
+    assert full.keys() == without.keys()
+    changed = {key: without[key] for key in full if full[key] != without[key]}
+    expected = DECLARED[ablation] | {"ablation_name": ablation}
+    if experiment == "cped_tiny":  # text only from the start
+        expected.pop("vision.kind", None)
+    assert changed == expected
+
+
+@pytest.mark.parametrize("ablation", DECLARED)
+def test_ablations_survive_what_an_experiment_sets(ablation: str, tmp_path: Path) -> None:
+    """An experiment that sets the very keys must still be overruled by the ablation, which comes after it."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nretriever: {k: 3, key: E_s}\nerm: {emotion_weight: 2.0, separation_weight: 2.0}\n"
+        "vision: {kind: encoder}\neerg: {projector_from: rep}\n"
+    )
+    cfg = compose([f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine", f"ablation={ablation}", *GIVEN])
+    values = flat(plain(cfg))
+    assert {key: values[key] for key in DECLARED[ablation]} == DECLARED[ablation]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=cped"], "data.path: data=cped has no source; give it: data.path=/path/to/the/data."),
+        (["llm=chatglm2_6b"], "llm.path: llm=chatglm2_6b names no checkpoint"),
+        (["bootstrap.text=data"], "bootstrap.text=data needs a data set of its own"),
+        (["erm.separation_weight=0"], "retriever.key: E_s is the output of self-separation"),
+        (["erm.emotion_weight=-1"], "weights of the losses must not be negative"),
+        (
+            ["erm.emotion_weight=0", "erm.separation_weight=0", "retriever.key=e_u"],
+            "both losses of eq. 4 have weight 0",
+        ),
+        (["generate.top_p=0"], "generate.top_p: top_p=0.0 is not in (0, 1]"),
+        (["generate.temperature=-1"], "temperature is negative"),
+    ],
+)
+def test_contradictions_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose(overrides)
+    assert message in str(error.value)
+
+
+def test_values_of_the_paper_stand_in_the_paper_presets() -> None:
+    cfg = compose(["experiment=table2_m3ed", *GIVEN])
+    assert (cfg.erm.slots, cfg.erm.lr, cfg.erm.batch_size, cfg.erm.temperature) == (4, 5e-5, 32, 0.5)  # §4.3
+    assert (cfg.rep.batch_size, cfg.rep.lr) == (16, 2e-5)
+    assert (cfg.eerg.batch_size, cfg.eerg.lr_prefix, cfg.eerg.lr_projector) == (16, 2e-2, 2e-2)
+    assert (cfg.generate.top_p, cfg.generate.temperature) == (0.7, 0.95)
+    assert (cfg.retriever.k, cfg.retriever.key, cfg.retriever.allow_same_dialogue) == (1, Key.E_s, False)
+    assert (cfg.eerg.steps, cfg.eerg.prefix_length, cfg.vision.frames) == (3000, 128, 8)
+
+
+def command(*arguments: str, cwd: Path, module: str = "elmd.train") -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "ELMD_DEBUG"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_lists_stages_groups_and_choices(tmp_path: Path) -> None:
+    done = command("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("stage: bootstrap prepare erm index features rep eerg all", "ablation: no_erm", "chatglm2_6b", "m3ed"):
+        assert word in done.stdout, word
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stage=reap"], "reap"),
+        (["data=cpde"], "Could not find 'data/cpde'"),
+        (["erm.epoch=3"], "Key 'epoch' not in 'ErmConfig'"),
+        (["erm.epochs=many"], "could not be converted to Integer"),
+        (["rep.select_on=test"], "expected one of [train, valid]"),
+        (["data=m3ed"], "error: data.path: data=m3ed has no source"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_told_in_short(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
+    done = command("experiment=table2_m3ed", f"data.path={tmp_path}/m3ed", cwd=tmp_path, module="elmd.doctor")
+    assert done.returncode == 1
+    for word in ("llm.path is not set", "data.video_root is not set", "annotation.json", "things missing"):
+        assert word in " ".join(done.stderr.split()), word
+    done = command("experiment=demo", cwd=tmp_path, module="elmd.doctor")
+    assert done.returncode == 0, done.stderr
+    assert "Nothing is missing" in done.stderr
