@@ -23,7 +23,10 @@ demo: $(READY)  ## the whole method on the tiny world: train every stage, genera
 	$(BIN)/python -m elmd.evaluate experiment=demo
 
 claims: $(READY)  ## the claims of docs/results.md: 3 seeds, the full model and five ablations (up to 2 hours, resumable)
-	$(BIN)/python scripts/demo_claims.py
+	$(BIN)/python -m elmd.train -m experiment=demo_claims
+	$(BIN)/python -m elmd.train -m experiment=demo_claims stage=rep ablation=none vision.shuffle=true
+	$(BIN)/python -m elmd.evaluate -m experiment=demo_claims
+	$(BIN)/python scripts/demo_claims.py runs/experiments/demo_claims
 
 check: $(READY)  ## lint, types, import contract
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from elmd.errors import ConfigError
 BOOTSTRAP = "bootstrap"
 
 
-class StageName(StrEnum):
+class StageName(Enum):  # no StrEnum: `index` is a method of strings
     bootstrap = "bootstrap"
     prepare = "prepare"
     erm = "erm"

@@ -11,7 +11,7 @@ needs (`Batch.keep`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,11 +44,10 @@ class Batch:
     keep: int
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            *(t.to(device, non_blocking=True) for t in (self.ids, self.slots, self.mask, self.positions, self.labels)),
-            self.visual.to(device, non_blocking=True) if self.visual is not None else None,
-            self.keep,
-        )
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None]) -> Batch:

@@ -135,7 +135,7 @@ class Actor:
             lift, tilt = -10.5 - 3.2 * height, 3.0 * angle
             line([(x - side * 5, lift - tilt), (x + side * 5, lift + tilt)], _shade(self.hair, 0.6), 1.8)
             if nose > 0.15:
-                line([(side * 2, 2), (side * 6, 2 + 4 * nose)], _shade(self.skin, 0.6), 1.4 * nose)
+                line([(side * 2, 2), (side * 6, 2 + 4 * nose)], _shade(self.skin, 0.5), 2.0 * nose)
         line([(0, 0), (-1.5, 6 - 2 * nose), (1.5, 6 - 2 * nose)], _shade(self.skin, 0.75), 1.2)
         reach, gap = 7.5 + 4 * width, 5.0 * max(0.0, opened)
         steps = np.linspace(-1, 1, 9)

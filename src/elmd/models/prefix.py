@@ -8,6 +8,7 @@ PEFT's own forward moves the positions of the prompt by P, the original leaves t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from torch import nn
@@ -22,6 +23,8 @@ class Prefix(nn.Module):
 
     The base model is shared, not owned: it is no submodule, so what trains here is the table alone.
     """
+
+    peft: Any
 
     def __init__(self, peft: PeftModel, dropout: float = 0.0):
         super().__init__()
@@ -61,6 +64,7 @@ class Prefix(nn.Module):
         """A fresh cache of `rows` copies; a model's forward changes the cache that it is given."""
         cache: DynamicCache = self.peft.get_prompt(rows)
         if self.training and self.dropout:
+            layer: Any
             for layer in cache.layers:
                 layer.keys, layer.values = F.dropout(layer.keys, self.dropout), F.dropout(layer.values, self.dropout)
         return cache

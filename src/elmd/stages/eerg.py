@@ -35,7 +35,7 @@ def run(cfg: Config, job: Job) -> Outcome:
     if starts_from_rep(cfg):
         projector = Projector.load(job.upstream["rep"] / PROJECTOR)
     elif cfg.sees_video:
-        projector = Projector(parts.width, parts.llm.get_input_embeddings().embedding_dim)
+        projector = Projector(parts.width, parts.hidden)
     prefix = Prefix.create(parts.llm, cfg.eerg.prefix_length, cfg.eerg.prefix_dropout)
     model = Elmd(parts.llm, projector, prefix).to(job.accelerator.device)
 

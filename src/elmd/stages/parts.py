@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from elmd.config import Config, PromptConfig, plain
@@ -62,6 +63,13 @@ class Parts:
     def examples(self, samples: Sequence[Sample], task: Task, *, with_target: bool, video: bool = True) -> Examples:
         features = self.features if video else no_features
         return Examples(samples, self.encoder, self.demonstrations, features, task, with_target=with_target)
+
+    @property
+    def hidden(self) -> int:
+        """H, the width of the language model's embeddings."""
+        weight = self.llm.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.shape[1]
 
     @property
     def words(self) -> list[list[int]]:

@@ -39,7 +39,7 @@ def depends(cfg: Config) -> Depends:
 def run(cfg: Config, job: Job) -> Outcome:
     parts = load_parts(cfg, job)
     torch.manual_seed(cfg.seed)
-    model = Elmd(parts.llm, Projector(parts.width, parts.llm.get_input_embeddings().embedding_dim))
+    model = Elmd(parts.llm, Projector(parts.width, parts.hidden))
     model.to(job.accelerator.device)
 
     train = parts.examples(parts.split("train"), "rep", with_target=True)

@@ -117,13 +117,11 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
         SystemExit: 143 after SIGTERM, with a checkpoint written.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    groups = [
-        {"params": [p for p in module.parameters() if p.requires_grad], "lr": plan.rates[name], "name": name}
-        for name, module in task.modules.items()
-    ]
-    trained: list[nn.Parameter] = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=plan.weight_decay)
-    peak = [group["lr"] for group in groups]
+    trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in task.modules.items()}
+    parameters = [p for group in trained.values() for p in group]
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "lr": plan.rates[name]} for name, group in trained.items()], weight_decay=plan.weight_decay
+    )
 
     saved = checkpoint.load_latest(folder / "checkpoints", task.modules, optimizer)
     progress = Progress(**saved) if saved else Progress()
@@ -141,8 +139,8 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
     started = time.perf_counter()
     for step, batch in itertools.islice(_stream(task, progress.step), plan.steps - progress.step):
         # 1. Rates and random numbers of this step.
-        for group, lr in zip(optimizer.param_groups, peak, strict=True):
-            group["lr"] = lr * rate(step, plan)
+        for group, name in zip(optimizer.param_groups, trained, strict=True):
+            group["lr"] = plan.rates[name] * rate(step, plan)
         torch.manual_seed((plan.seed * 1_000_003 + step) * 4096 + rank)
 
         # 2. Gradient of this rank's share, micro-batch by micro-batch, then the sum over ranks.
@@ -154,7 +152,7 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
         total = torch.stack(
             [loss, torch.tensor(float(tokens), device=device), torch.tensor(float(stop), device=device)]
         )
-        reduce_gradients(trained, total, world)
+        reduce_gradients(parameters, total, world)
         value = total[0].item()
         if not math.isfinite(value) or value == 0.0:
             raise TrainingError(
@@ -166,7 +164,7 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
             )
 
         # 3. Clip and step.
-        norm = torch.nn.utils.clip_grad_norm_(trained, plan.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.step = step + 1

@@ -1,0 +1,178 @@
+"""Read the runs of experiment=demo_claims and write what they say of the claims on the tiny world: claims.md.
+
+    python scripts/demo_claims.py runs/experiments/demo_claims
+
+Nothing is trained here: numbers come from the artifacts' manifests and predictions. A run that is missing is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from elmd.cli import guard
+from elmd.errors import ArtifactError
+from elmd.evaluation.score import Prediction, compare, read_predictions
+from elmd.evaluation.significance import over_seeds
+from elmd.training.artifacts import read_manifest, write_text
+
+ABLATIONS = ("no_erm", "no_ert", "no_ssc", "no_v", "no_rep")
+#: What Table 3 reports, and the emotion of the reply beside it.
+METRICS = (("paper", "bleu4_char"), ("paper", "meteor_char"), ("paper", "rougeL_char"), ("emotion", "accuracy"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the sweep: its folder, configuration and artifacts."""
+
+    folder: Path
+    config: dict[str, Any]
+    artifacts: dict[str, Path]
+
+    @property
+    def key(self) -> tuple[str, bool, int]:
+        return self.config["ablation_name"], self.config["vision"]["shuffle"], self.config["seed"]
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        return read_manifest(self.artifacts[stage])["metrics"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="runs/experiments/demo_claims")
+    folder: Path = parser.parse_args().folder
+    jobs = {job.key: job for job in map(read_job, sorted(folder.glob("*/artifacts.json")))}
+    if not jobs:
+        raise ArtifactError("holds no runs", where=folder, fix="run make claims")
+    seeds = sorted({seed for _, _, seed in jobs})
+    text = "\n\n".join([erm(jobs, seeds), rep(jobs, seeds), ablations(jobs, seeds)]) + "\n"
+    write_text(folder / "claims.md", text)
+    print(text)
+    print(f"written: {folder / 'claims.md'}", file=sys.stderr)
+
+
+def read_job(path: Path) -> Job:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    artifacts = {stage: (path.parent / where).resolve() for stage, where in found["artifacts"].items()}
+    return Job(path.parent, found["config"], artifacts)
+
+
+def job(jobs: dict, ablation: str, seed: int, stage: str, *, shuffle: bool = False) -> Job:
+    """The run, with that stage done.
+
+    Raises:
+        ArtifactError: it has not been run.
+    """
+    found = jobs.get((ablation, shuffle, seed))
+    if found is None or stage not in found.artifacts:
+        raise ArtifactError(
+            f"there is no finished {stage} of ablation={ablation} seed={seed} vision.shuffle={str(shuffle).lower()}",
+            fix="run make claims again; it goes on where it stopped",
+        )
+    return found
+
+
+def points(values: Sequence[float]) -> str:
+    """Mean of fractions over seeds in percent, with the 95 % t interval of the mean."""
+    spread = over_seeds([100 * value for value in values])
+    return f"{spread.mean:.1f}" if spread.low is None else f"{spread.mean:.1f} [{spread.low:.1f}, {spread.high:.1f}]"
+
+
+def lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return "\n".join([f"### {title}", "", *head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def erm(jobs: dict, seeds: Sequence[int]) -> str:
+    """Emotion-match@1 on test utterances whose text shows the emotion, for both keys, and w/o ERT, w/o SSC."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for ablation in ("none", "no_ert", "no_ssc"):
+        for seed in seeds:
+            found = job(jobs, ablation, seed, "erm").metrics("erm")["emotion_match"]["test"]["text_shows"]
+            for key, score in found.items():
+                values.setdefault((ablation, key), []).append(score["match@1"])
+    raw = values["none", "raw e_u"]
+    rows = []
+    for (ablation, key), scores in values.items():
+        if key.startswith("raw ") and (ablation, key) != ("none", "raw e_u"):
+            continue
+        gain = [a - b for a, b in zip(scores, raw, strict=True)]
+        name = {"none": "ERM", "no_ert": "w/o ERT", "no_ssc": "w/o SSC"}[ablation]
+        first = "raw encoder" if key == "raw e_u" else f"{name}, {key.replace('_', chr(92) + '_')}"
+        rows.append([first, points(scores), "–" if key == "raw e_u" else points(gain)])
+    return lines(
+        f"ERM: emotion-match@1 in percent, test utterances whose text shows the emotion ({len(seeds)} seeds)",
+        ["key", "match@1", "gain over raw, points"],
+        rows,
+    )
+
+
+def rep(jobs: dict, seeds: Sequence[int]) -> str:
+    """Accuracy of response emotion on test samples whose text hides the emotion: true against permuted clips."""
+    true = [job(jobs, "none", seed, "rep") for seed in seeds]
+    mixed = [job(jobs, "none", seed, "rep", shuffle=True) for seed in seeds]
+
+    def tag(one: Job, kind: str) -> dict[str, Any]:
+        return json.loads((one.artifacts["rep"] / "rep.json").read_text())[f"test/{kind}"]["tags"]["text_hides"]
+
+    world = json.loads((true[0].artifacts["bootstrap/world"] / "world.json").read_text(encoding="utf-8"))
+    a, b = ([tag(one, "projector")["accuracy"] for one in group] for group in (true, mixed))
+    n = tag(true[0], "projector")["n"]
+    rows = [
+        ["true clips", points(a)],
+        ["clips permuted among samples", points(b)],
+        ["difference", points([x - y for x, y in zip(a, b, strict=True)])],
+        ["text only (no video slots)", points([tag(one, "text_only")["accuracy"] for one in true])],
+        ["majority class", points([tag(true[0], "projector")["majority"]])],
+        ["ceiling, known from the generator", points([world["ceiling"]])],
+    ]
+    return lines(
+        f"REP: accuracy in percent on {n} test samples whose text hides the emotion ({len(seeds)} seeds)",
+        ["", "accuracy"],
+        rows,
+    )
+
+
+def ablations(jobs: dict, seeds: Sequence[int]) -> str:
+    """The full model against its ablations: means over training seeds, and paired tests with Holm's correction."""
+    pooled: dict[str, list[Prediction]] = {}
+    scores: dict[str, dict[str, list[float]]] = {}
+    for ablation in ("none", *ABLATIONS):
+        for seed in seeds:
+            one = job(jobs, ablation, seed, "generate")
+            found = json.loads((one.folder / "scores.json").read_text(encoding="utf-8"))["systems"]
+            (system,) = found.values()
+            for group, metric in METRICS:
+                scores.setdefault(ablation, {}).setdefault(metric, []).append(system[group][metric])
+            # Every training seed × decode seed is one seed of the pooled system.
+            pooled.setdefault(ablation, []).extend(
+                replace(p, seed=1000 * seed + (p.seed or 0))
+                for p in read_predictions(one.artifacts["generate"] / "predictions.jsonl")
+            )
+    tests = compare(pooled["none"], {name: pooled[name] for name in ABLATIONS}, protocol="paper")
+    rows = []
+    for ablation, by_metric in scores.items():
+        cells = []
+        for group, metric in METRICS:
+            scale = 1 if group == "paper" else 100
+            spread = over_seeds([scale * value for value in by_metric[metric]])
+            cell = f"{spread.mean:.2f} ± {spread.sd:.2f}" if spread.sd is not None else f"{spread.mean:.2f}"
+            if ablation != "none" and group == "paper":
+                test = tests[ablation][metric]
+                cell += f" (p {test['p_holm']:.2g})"
+            cells.append(cell)
+        rows.append(["full model" if ablation == "none" else ablation.replace("no_", "w/o ").upper(), *cells])
+    return lines(
+        f"Full model and ablations: mean ± sd of {len(seeds)} training seeds; p against the full model after Holm",
+        ["", *(metric.replace("_", "\\_") for _, metric in METRICS[:-1]), "emotion accuracy, %"],
+        [[row[0].replace("W/O", "w/o"), *row[1:]] for row in rows],
+    )
+
+
+if __name__ == "__main__":
+    guard(main)
