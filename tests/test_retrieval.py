@@ -597,7 +597,7 @@ def test_stage_fingerprints_name_what_they_depend_on(bert: Path) -> None:
     assert "checkpoint_every" not in erm_stage.depends(cfg).config["erm"]
     cfg.retriever.path = "bootstrap"
     assert erm_stage.depends(cfg).files == {}
-    assert list(erm_stage.depends(cfg).upstream) == ["prepare", "bootstrap"]
+    assert list(erm_stage.depends(cfg).upstream) == ["prepare", "bootstrap/retriever"]
     assert list(index_stage.depends(cfg).upstream) == ["prepare", "erm"]
     assert index_stage.depends(cfg).seed is None
 

@@ -112,7 +112,7 @@ class Quadratic:
         yield self.modules["w"](torch.ones(2)).pow(2).sum() * self.value, 1
 
     def evaluate(self):
-        return {"score": -float(self.modules["w"].weight.abs().sum())}
+        return {"score": -self.modules["w"].weight.abs().sum().item()}
 
 
 def plan(**changes) -> Plan:

@@ -161,8 +161,8 @@ def train_llm(
             draw.shuffle(loss.batches)  # type: ignore
         chosen = [lines[i] for i in loss.batches[step % (len(lines) // batch)]]  # type: ignore
         tokens += sum(len(line.ids) for line in chosen)
-        every, target = line_losses(model, chosen)
-        return 0.3 * every.mean() + target.mean()
+        prompt, word, rest = line_losses(model, chosen)
+        return 0.2 * prompt.mean() + word.mean() + rest.mean()
 
     model.train()
     started = time.perf_counter()
@@ -170,7 +170,7 @@ def train_llm(
     seconds = time.perf_counter() - started
     model.eval()
     with torch.no_grad():
-        found = torch.cat([line_losses(model, held[i : i + batch])[1] for i in range(0, len(held), batch)])
+        found = torch.cat([torch.cat(line_losses(model, held[i : i + batch])[1:]) for i in range(0, len(held), batch)])
     return model, {
         "perplexity": math.exp(found.mean().item()),
         "tokens_per_s": tokens / seconds,
@@ -178,20 +178,21 @@ def train_llm(
     }
 
 
-def line_losses(model: Any, lines: Sequence[Line]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of every prompt token, and of every target token; both flat."""
+def line_losses(model: Any, lines: Sequence[Line]) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative log-likelihood of the prompts' tokens, of the targets' first tokens, and of their other tokens; flat."""
     length = max(len(line.ids) for line in lines)
     ids = torch.zeros(len(lines), length, dtype=torch.long)
     role = torch.zeros(len(lines), length, dtype=torch.long)
     for i, line in enumerate(lines):
         ids[i, : len(line.ids)] = torch.tensor(line.ids)
         role[i, : len(line.ids)] = 1
-        role[i, line.at : len(line.ids)] = 2
+        role[i, line.at] = 2
+        role[i, line.at + 1 : len(line.ids)] = 3
     # Padded on the right: what is behind a line's end is never looked back at, and needs no mask.
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     role = role[:, 1:].flatten()
-    return nll[role == 1], nll[role == 2]
+    return nll[role == 1], nll[role == 2], nll[role == 3]
 
 
 # --- vision tower --------------------------------------------------------------------------------------------------
