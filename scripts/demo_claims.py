@@ -129,7 +129,7 @@ def rep(jobs: dict, seeds: Sequence[int]) -> str:
         ["difference", points([x - y for x, y in zip(a, b, strict=True)])],
         ["text only (no video slots)", points([tag(one, "text_only")["accuracy"] for one in true])],
         ["majority class", points([tag(true[0], "projector")["majority"]])],
-        ["ceiling, known from the generator", points([world["ceiling"]])],
+        ["ceiling, known from the generator", points([world["reply_emotion"]["ceiling"]])],
     ]
     return lines(
         f"REP: accuracy in percent on {n} test samples whose text hides the emotion ({len(seeds)} seeds)",

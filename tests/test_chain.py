@@ -169,3 +169,26 @@ def test_force_sets_the_old_result_aside(runs: Path, chain: dict[str, Path]) -> 
     assert (chain["index"].with_name(f"{chain['index'].name}.old-1") / "manifest.json").is_file()
     old = chain["index"].with_name(f"{chain['index'].name}.old-1") / "demonstrations.jsonl"
     assert old.read_bytes() == (chain["index"] / "demonstrations.jsonl").read_bytes()
+
+
+def test_two_processes_make_the_same(runs: Path, chain: dict[str, Path], tmp_path: Path) -> None:
+    again = tmp_path / "runs"
+    shutil.copytree(runs, again, ignore=shutil.ignore_patterns("rep", "eerg", "generate", "experiments"))
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", "--master-port=29512"]
+    found: dict[str, Path] = {}
+    for module, overrides in (("elmd.train", ["stage=all", "cpu=true"]), ("elmd.evaluate", ["cpu=true"])):
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", module, *SMALL, f"runs_dir={again}", *overrides],
+            cwd=tmp_path, capture_output=True, text=True, timeout=500,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        found |= artifacts(done)
+    for stage in ("rep", "eerg"):
+        manifest = json.loads((found[stage] / "manifest.json").read_text(encoding="utf-8"))
+        assert manifest["world_size"] == 2
+        assert found[stage].name == chain[stage].name, "the number of processes is no part of a result"
+    one, two = (load_file(folder["rep"] / "projector.safetensors") for folder in (chain, found))
+    assert all((one[name] - two[name]).norm() / one[name].norm() < 1e-4 for name in one)
+    lines = (found["generate"] / "predictions.jsonl").read_text("utf-8").splitlines()
+    ids = [json.loads(line)["id"] for line in lines]
+    assert len(ids) == len(set(ids)) == 60, "every sample exactly once"

@@ -98,7 +98,7 @@ class WorldConfig:
 
     train: int = 1200
     valid: int = 150
-    test: int = 300
+    test: int = 600  # so that the text of 300 hides the emotion
     bootstrap: int = 1500
     seed: int = 0
 
@@ -231,7 +231,10 @@ class BootstrapConfig:
     llm_lr: float = 2e-3
     retriever_hidden: int = 64
     retriever_steps: int = 300
+    retriever_lr: float = 2e-3
+    vision_hidden: int = 48
     vision_steps: int = 300
+    vision_lr: float = 2e-3
 
 
 @dataclass

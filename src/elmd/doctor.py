@@ -41,7 +41,9 @@ class Finding:
 
 def doctor(cfg: Config, accelerator: Accelerator) -> None:
     """Print every finding; exit code 1 if something is missing."""
-    findings = [*machine(cfg, accelerator), *data(cfg), *checkpoints(cfg), *rules(cfg), *stages(cfg, accelerator)]
+    findings = [*machine(cfg, accelerator), *data(cfg), *checkpoints(cfg)]
+    broken = list(rules(cfg))
+    findings += broken or stages(cfg, accelerator)
     table(
         f"What {cfg.experiment_name} needs",
         ["", "found", "to do"],

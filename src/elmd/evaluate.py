@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,9 @@ def evaluate(cfg: Config, accelerator: Accelerator) -> None:
         "predictions": str((made / PREDICTIONS).resolve().relative_to(Path(cfg.runs_dir).resolve())),
         "stages": stages,
     }
+    link = folder / PREDICTIONS
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(made / PREDICTIONS, folder))
     write_scores({name: read_predictions(made / PREDICTIONS)}, responses, folder, about)
 
 

@@ -88,7 +88,7 @@ OPENERS = (
     "换句话讲",     "怎么说呢", "老实讲", "这么说吧", "我琢磨着", "讲真的", "我寻思了一下", "仔细想想", "要我说呀", "你别说", "说来也是",
     "这话在理", "哎我跟你讲", "其实吧", "我早就想说", "凭良心讲", "听我一句", "你看啊", "说句心里话", "倒也是",
 )  # fmt: skip
-HABITS = 2  # openers per emotion in one world
+HABITS = 1  # openers per emotion in one world; with more, a demonstration would tell the right one by chance only
 
 #: What people talk about: subjects and predicates of each topic, any pair of which makes a clause.
 TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -141,7 +141,7 @@ def train_llm(
     torch.manual_seed(seed)
     vocabulary = len(encoder.tokenizer)
     config = GlmConfig(
-        vocab_size=-(-vocabulary // 64) * 64, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        vocab_size=-(-vocabulary // 64) * 64, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=hidden // 32, num_key_value_heads=2, head_dim=32, partial_rotary_factor=0.5,
         attention_bias=True, tie_word_embeddings=False, rms_norm_eps=1e-5, max_position_embeddings=2048,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -189,9 +189,15 @@ def line_losses(model: Any, lines: Sequence[Line]) -> tuple[Tensor, Tensor, Tens
         role[i, line.at] = 2
         role[i, line.at + 1 : len(line.ids)] = 3
     # Padded on the right: what is behind a line's end is never looked back at, and needs no mask.
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    role = role[:, 1:].flatten()
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    role, ids = role[:, 1:], ids[:, 1:]
+    asked = role > 1
+    if model.training:  # a quarter of a prompt's tokens teaches as much in half the time
+        asked |= (role == 1) & (torch.rand(role.shape) < 0.25)
+    else:
+        asked |= role == 1
+    nll = F.cross_entropy(model.lm_head(hidden[asked]), ids[asked], reduction="none")
+    role = role[asked]
     return nll[role == 1], nll[role == 2], nll[role == 3]
 
 
@@ -274,3 +280,63 @@ def train_vision(*, hidden: int, steps: int, lr: float, seed: int, batch: int = 
         "frames_per_s": steps * batch / seconds,
         "parameters": sum(p.numel() for p in encoder.parameters()),
     }
+
+
+# --- sentence encoder ----------------------------------------------------------------------------------------------
+
+
+def train_retriever(
+    twins: Sequence[tuple[str, str]], folder: Path, *, hidden: int, steps: int, lr: float, seed: int, batch: int = 64
+) -> tuple[Any, dict[str, float]]:
+    """A BERT over characters with mean pooling, taught that two turns of one dialogue belong together.
+
+    Args:
+        twins: pairs of texts from one dialogue each; one in `HOLD_OUT` is held out.
+        folder: where the checkpoint is written, as a plain SentenceTransformer.
+
+    Returns:
+        the encoder, and `twin_match@1`: how often a held-out text's nearest among 64 is its twin; `parameters`.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = sorted({letter for pair in twins for text in pair for letter in text if not letter.isspace()})
+    # A letter is a piece on its own and inside a word, so that words and numbers in Latin script are read too.
+    inner = [f"##{letter}" for letter in letters if letter.isascii() or letter.isalpha()]
+    vocabulary = {piece: i for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *inner])}
+    encoder_folder = folder / "start"
+    BertTokenizerFast(vocab=vocabulary, do_lower_case=False, model_max_length=128).save_pretrained(encoder_folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=hidden, num_hidden_layers=2, num_attention_heads=max(1, hidden // 32),
+        intermediate_size=2 * hidden, max_position_embeddings=128, hidden_dropout_prob=0.1, initializer_range=0.05,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(encoder_folder)
+    encoder = Transformer(str(encoder_folder), max_seq_length=128)
+    model = SentenceTransformer(
+        modules=[encoder, Pooling(encoder.get_embedding_dimension(), "mean")], device="cpu", similarity_fn_name="cosine"
+    )
+    held, kept = twins[::HOLD_OUT], [pair for i, pair in enumerate(twins) if i % HOLD_OUT]
+    draw = Random(f"retriever-{seed}")
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        return F.normalize(model(model.preprocess(list(texts)))["sentence_embedding"], dim=-1)
+
+    def loss(step: int) -> Tensor:
+        first, second = zip(*draw.sample(kept, min(batch, len(kept))), strict=True)
+        cosine = embed(first + second)
+        scores = cosine[: len(first)] @ cosine[len(first) :].T / 0.1
+        return F.cross_entropy(scores, torch.arange(len(first)))
+
+    model.train()
+    descend(model.parameters(), loss, steps, lr, "sentence encoder")
+    model.eval()
+    hits = 0
+    with torch.no_grad():
+        for i in range(0, len(held), 64):
+            first, second = zip(*held[i : i + 64], strict=True)
+            hits += int(((embed(first) @ embed(second).T).argmax(-1) == torch.arange(len(first))).sum())
+    return model, {"twin_match@1": hits / len(held), "parameters": sum(p.numel() for p in model.parameters())}
