@@ -99,7 +99,7 @@ class WorldConfig:
     train: int = 1200
     valid: int = 150
     test: int = 600  # so that the text of 300 hides the emotion
-    bootstrap: int = 1500
+    bootstrap: int = 8000
     seed: int = 0
 
 
@@ -224,17 +224,19 @@ class BootstrapConfig:
 
     text: BootstrapText = BootstrapText.tiny
     seed: int = 0
-    vocab_size: int = 2000
+    dialogues: int = 12000  # text=tiny: made for the stand-ins alone; text=data: samples are read until so many texts
+    vocab_size: int = 1500  # pieces, 256 bytes included; enough for one token per phrase of the tiny world
     llm_hidden: int = 128
-    llm_layers: int = 3
-    llm_steps: int = 1200
+    llm_layers: int = 2  # copying from a demonstration takes two; a third learns no faster in this time
+    llm_steps: int = 1600
+    llm_batch: int = 16
     llm_lr: float = 2e-3
-    retriever_hidden: int = 64
-    retriever_steps: int = 300
+    vision_hidden: int = 64  # q
+    vision_steps: int = 400
+    vision_lr: float = 3e-3
+    retriever_hidden: int = 64  # d
+    retriever_steps: int = 200
     retriever_lr: float = 2e-3
-    vision_hidden: int = 48
-    vision_steps: int = 300
-    vision_lr: float = 2e-3
 
 
 @dataclass

@@ -60,9 +60,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     """Print a table on rank 0; every column but the first is right-aligned."""
     if not is_main():
         return
-    shown = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    shown = Table(header_style="bold")
     for i, name in enumerate(columns):
         shown.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         shown.add_row(*(cell(value) for value in row))
-    console().print(shown)
+    out = console()
+    out.print(f"\n{title}", style="bold", markup=False, highlight=False)  # a Table's own title wraps at its width
+    out.print(shown)

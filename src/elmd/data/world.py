@@ -84,9 +84,10 @@ WORDINGS: dict[Emotion, tuple[str, ...]] = {
 
 #: Ways to open a reply; none says anything by itself.
 OPENERS = (
-    "听你这么一讲", "照我看啊", "话说回来", "跟你说句实话", "你先听我说", "说到底", "依我之见", "不瞒你说", 
-    "换句话讲",     "怎么说呢", "老实讲", "这么说吧", "我琢磨着", "讲真的", "我寻思了一下", "仔细想想", "要我说呀", "你别说", "说来也是",
-    "这话在理", "哎我跟你讲", "其实吧", "我早就想说", "凭良心讲", "听我一句", "你看啊", "说句心里话", "倒也是",
+    "听你这么一讲", "照我看啊", "话说回来", "跟你说句实话", "你先听我说", "说到底", "依我之见", "不瞒你说",
+    "换句话讲", "怎么说呢", "老实讲", "这么说吧", "我琢磨着", "讲真的", "我寻思了一下", "仔细想想", "要我说呀",
+    "你别说", "说来也是", "这话在理", "哎我跟你讲", "其实吧", "我早就想说", "凭良心讲", "听我一句", "你看啊",
+    "说句心里话", "倒也是",
 )  # fmt: skip
 HABITS = 1  # openers per emotion in one world; with more, a demonstration would tell the right one by chance only
 
@@ -195,8 +196,8 @@ def dialogues(seed: int, sizes: dict[Split, int]) -> list[Dialogue]:
     return made
 
 
-def pretraining(seed: int, count: int) -> Iterator[tuple[Dialogue, Habits]]:
-    """`count` dialogues for the stand-ins, each with the habits of its show, `_EPISODES` dialogues a show.
+def pretraining(seed: int, count: int) -> Iterator[Dialogue]:
+    """`count` dialogues for the stand-ins, `_EPISODES` a show; each show has habits of its own.
 
     Seeded apart from `dialogues`: only the lists of words and the rules are shared.
     """
@@ -204,10 +205,7 @@ def pretraining(seed: int, count: int) -> Iterator[tuple[Dialogue, Habits]]:
         show, draw = number // _EPISODES, Random(f"pretraining-{seed}-{number}")
         habits = Habits.drawn(Random(f"pretraining-habits-{seed}-{show}"))
         id_ = f"pretraining-{number + 1:05d}"
-        yield (
-            dialogue(draw, id_, f"pretraining-show-{show + 1}", None, draw.choice(LENGTHS), dict(WORDINGS), habits),
-            habits,
-        )
+        yield dialogue(draw, id_, f"pretraining-show-{show + 1}", None, draw.choice(LENGTHS), dict(WORDINGS), habits)
 
 
 def write_world(folder: Path, seed: int, sizes: dict[Split, int]) -> dict[str, Any]:
@@ -226,7 +224,7 @@ def write_world(folder: Path, seed: int, sizes: dict[Split, int]) -> dict[str, A
         cast = {name: Actor(Random(f"{seed}-{one.id}-{name}")) for name in {u.speaker for u in one.utterances}}
         records = []
         for utterance in one.utterances:
-            record = {
+            record: dict[str, Any] = {
                 "id": utterance.id,
                 "speaker": utterance.speaker,
                 "text": utterance.text,

@@ -33,12 +33,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_pieces(texts: Iterable[str], vocab_size: int) -> bytes:
+def train_pieces(texts: Iterable[str], vocab_size: int, coverage: float = 1.0) -> bytes:
     """A SentencePiece BPE model in ChatGLM2's manner: byte fallback, text kept exactly as it is, digits apart.
 
     Args:
         texts: the training text, in lines; white space counts.
         vocab_size: pieces at most, the 256 bytes included; the control ids come on top.
+        coverage: share of the characters that get a piece of their own; the rarest others are left to bytes.
 
     Returns:
         the contents of a `tokenizer.model` file.
@@ -50,7 +51,7 @@ def train_pieces(texts: Iterable[str], vocab_size: int) -> bytes:
     try:
         SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
+            byte_fallback=True, character_coverage=coverage, normalization_rule_name="identity",
             remove_extra_whitespaces=False, split_digits=True, num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:

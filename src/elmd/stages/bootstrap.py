@@ -1,208 +1,216 @@
 """Stage `bootstrap`: the tiny world, and small stand-ins for the public checkpoints in the formats of the real ones.
 
-Four results, each with its own fingerprint, so that a run makes and remakes only what it uses. The stand-ins learn from
-dialogues apart from the world's own (`bootstrap.text=tiny`) or from the training part of the chosen data (`data`).
+Four artifacts, each its own, so that an interrupted bootstrap goes on with the next and a change of one makes one anew:
+
+- `bootstrap/world`: `dialogues.jsonl`, `clips/` and `world.json` (data=tiny);
+- `bootstrap/llm`: a GLM of ChatGLM2's shape with ChatGLM2's tokenizer;
+- `bootstrap/vision`: BLIP-2's vision tower and Q-Former;
+- `bootstrap/retriever`: a BERT sentence encoder as a plain SentenceTransformer.
+
+The text comes from dialogues made for the purpose (`bootstrap.text=tiny`) or from the training part of the chosen data
+(`bootstrap.text=data`); no stand-in sees a dialogue of valid or test.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from random import Random
 from typing import Any
 
-import torch
-
 from elmd.config import BootstrapText, Config, plain
 from elmd.data.encode import Encoder
+from elmd.data.prompts import Prompt
 from elmd.data.samples import load_samples, pairs
 from elmd.data.world import pretraining, topic_of, write_world
+from elmd.errors import DataError
 from elmd.log import table
-from elmd.metrics.retrieval import match_scores
-from elmd.retrieval.retriever import encode
 from elmd.stages.base import Depends, Job, Outcome, Stage
-from elmd.stages.parts import prompt_of
-from elmd.training.artifacts import replace_folder
 from elmd.training.standins import lessons, train_llm, train_retriever, train_tokenizer, train_vision
-from elmd.types import Sample, Utterance
+from elmd.types import SPLITS, Sample
 
-#: How often a demonstration in the pretraining text answers the same emotion, as a good retriever's would.
-ALIKE = 0.7
+LIKE = 0.8  # share of the demonstrations in the language model's text that answer a like emotion
 
 
 # --- the world -----------------------------------------------------------------------------------------------------
 
 
 def world_depends(cfg: Config) -> Depends:
-    world = plain(cfg.data.world)
-    del world["bootstrap"]
-    return Depends(config={"world": world})
+    return Depends(config=plain(cfg.data.world))
 
 
-def make_world(cfg: Config, job: Job) -> Outcome:
-    size = cfg.data.world
-    if job.accelerator.is_main_process:
-        facts = write_world(job.folder, size.seed, {"train": size.train, "valid": size.valid, "test": size.test})
-        hidden = facts["samples_whose_text_hides_the_emotion"]
-        table(
-            "Tiny world",
-            ["split", "dialogues", "samples", "text hides the emotion"],
-            [[split, facts["dialogues"][split], n, hidden[split]] for split, n in facts["samples"].items()],
-        )
-        return Outcome(metrics=facts["reply_emotion"], counts={"samples": facts["samples"]})
-    return Outcome()
-
-
-# --- the text that the stand-ins learn from --------------------------------------------------------------------------
-
-
-def _reads(cfg: Config, *settings: str) -> Depends:
-    """What a stand-in that learns from text depends on, with those of its settings that it reads."""
-    chosen = {key: value for key, value in plain(cfg.bootstrap).items() if key in ("text", "seed", *settings)}
-    if cfg.bootstrap.text is BootstrapText.data:
-        return Depends(config={"bootstrap": chosen}, upstream=("prepare",))
-    return Depends(config={"bootstrap": chosen, "dialogues": cfg.data.world.bootstrap})
-
-
-def _text(cfg: Config, job: Job) -> list[Sample]:
-    """Training samples of the chosen data, or samples of the pretraining dialogues."""
-    if cfg.bootstrap.text is BootstrapText.data:
-        return [s for s in load_samples(job.upstream["prepare"] / "samples.jsonl") if s.split == "train"]
-    made = (dialogue for dialogue, _ in pretraining(cfg.bootstrap.seed, cfg.data.world.bootstrap))
-    return [pair.sample("train", text_only=True) for pair in pairs(made)]
-
-
-# --- language model --------------------------------------------------------------------------------------------------
-
-
-def llm_depends(cfg: Config) -> Depends:
-    return _reads(cfg, "vocab_size", "llm_hidden", "llm_layers", "llm_steps", "llm_lr") | Depends(
-        config={"prompt": plain(cfg.prompt)}
-    )
-
-
-def make_llm(cfg: Config, job: Job) -> Outcome:
+def world_run(cfg: Config, job: Job) -> Outcome:
     if not job.accelerator.is_main_process:
         return Outcome()
-    settings, prompt = cfg.bootstrap, prompt_of(cfg.prompt)
-    samples = _text(cfg, job)
-    scenes = settings.text is BootstrapText.tiny  # nothing is known of the faces in real data's text
-    texts = list(lessons(samples, alike(samples), prompt, settings.seed, scenes=scenes))
-    tokenizer = train_tokenizer(texts, settings.vocab_size)
-    encoder = Encoder(tokenizer, prompt, cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
-    model, measured = train_llm(
-        texts, encoder, hidden=settings.llm_hidden, layers=settings.llm_layers, steps=settings.llm_steps,
-        lr=settings.llm_lr, seed=settings.seed,
-    )  # fmt: skip
-    with _written(job.folder) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return _report("Stand-in: language model", measured | {"texts": len(texts), "vocabulary": len(tokenizer)})
+    world = cfg.data.world
+    facts = write_world(job.folder, world.seed, {"train": world.train, "valid": world.valid, "test": world.test})
+    hidden = facts["samples_whose_text_hides_the_emotion"]
+    table(
+        "Tiny world",
+        ("split", "dialogues", "samples", "emotion in the face only"),
+        [(split, facts["dialogues"][split], facts["samples"][split], hidden[split]) for split in SPLITS],
+    )
+    best = {name: facts["reply_emotion"][name] for name in ("ceiling", "relation_only")}
+    table("Best possible accuracy of the reply's emotion", tuple(best), [tuple(best.values())])
+    return Outcome(metrics=best, counts={name: facts[name] for name in ("dialogues", "samples")})
 
 
-def alike(samples: Sequence[Sample]) -> Callable[[Sample, Random], Sample | None]:
-    """Draws the sample whose response is another's demonstration: of the same show, never of the same dialogue."""
-    shows: dict[str, list[Sample]] = defaultdict(list)
-    feeling: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+# --- text ----------------------------------------------------------------------------------------------------------
+
+
+def text_depends(cfg: Config) -> Depends:
+    """Whatever the text of a stand-in is made of."""
+    boot = cfg.bootstrap
+    config: dict[str, Any] = {"text": boot.text.value, "seed": boot.seed}
+    if boot.text is BootstrapText.data:
+        return Depends(config=config, upstream=("prepare",))
+    return Depends(config={**config, "dialogues": boot.dialogues})
+
+
+def text_samples(cfg: Config, job: Job) -> list[Sample]:
+    """Samples of the bootstrap text: dialogues of their own, or the training split.
+
+    Raises:
+        DataError: the data has fewer than 50 training samples.
+    """
+    if cfg.bootstrap.text is BootstrapText.tiny:
+        made = pairs(pretraining(cfg.bootstrap.seed, cfg.bootstrap.dialogues))
+        return [
+            Sample(
+                f"{pair.dialogue.id}#{pair.at}", pair.dialogue.id, pair.dialogue.show, "train",
+                pair.dialogue.utterances[: pair.at - 1], pair.utterance, pair.response, pair.dialogue.background,
+            )
+            for pair in made
+        ]  # fmt: skip
+    samples = [s for s in load_samples(job.upstream["prepare"] / "samples.jsonl") if s.split == "train"]
+    if len(samples) < 50:
+        raise DataError(
+            f"{len(samples)} training samples are too few to learn a language from",
+            where=job.upstream["prepare"],
+            fix="set bootstrap.text=tiny, or use a public checkpoint",
+        )
+    return samples
+
+
+def like(samples: Sequence[Sample], by_show: bool) -> Callable[[Sample, Random], Sample | None]:
+    """Draws a demonstration for a sample from another dialogue, `LIKE` of them for a like emotion.
+
+    Args:
+        by_show: only from the same show; shows of the bootstrap text differ in their habits of speech.
+    """
+    pools: dict[Any, list[Sample]] = {}
     for sample in samples:
-        shows[sample.show].append(sample)
-        feeling[sample.show, sample.utterance.emotion].append(sample)
+        show = sample.show if by_show else ""
+        pools.setdefault(show, []).append(sample)
+        pools.setdefault((show, sample.utterance.emotion), []).append(sample)
 
     def draw_one(sample: Sample, draw: Random) -> Sample | None:
-        same = draw.random() < ALIKE
-        pool = feeling[sample.show, sample.utterance.emotion] if same else shows[sample.show]
-        for _ in range(10):  # a show with one dialogue has none to give
-            other = draw.choice(pool)
-            if other.dialogue != sample.dialogue:
-                return other
+        show = sample.show if by_show else ""
+        keys = [(show, sample.utterance.emotion), show] if draw.random() < LIKE else [show]
+        for key in keys:
+            for _ in range(4):
+                other = draw.choice(pools[key])
+                if other.dialogue != sample.dialogue:
+                    return other
         return None
 
     return draw_one
 
 
-# --- vision tower ----------------------------------------------------------------------------------------------------
+# --- language model ------------------------------------------------------------------------------------------------
+
+
+def llm_depends(cfg: Config) -> Depends:
+    boot = {key: value for key, value in plain(cfg.bootstrap).items() if key.startswith("llm_") or key == "vocab_size"}
+    return text_depends(cfg) | Depends(config={**boot, "prompt": plain(cfg.prompt)})
+
+
+def llm_run(cfg: Config, job: Job) -> Outcome:
+    samples = text_samples(cfg, job)
+    if not job.accelerator.is_main_process:
+        return Outcome()
+    boot, own = cfg.bootstrap, cfg.bootstrap.text is BootstrapText.tiny
+    prompt = Prompt(**{field.name: getattr(cfg.prompt, field.name) for field in fields(Prompt)})
+    # Little data is read several times, each time as other kinds of prompt.
+    rounds = 1 if own else -(-boot.dialogues // len(samples))
+    texts = [
+        lesson
+        for number in range(rounds)
+        for lesson in lessons(samples, like(samples, own), prompt, boot.seed + number, scenes=own)
+    ]
+    # Real text has thousands of characters; the rarest of them are left to bytes so that words become pieces too.
+    tokenizer = train_tokenizer(texts[:4000], boot.vocab_size, coverage=1.0 if own else 0.99)
+    encoder = Encoder(tokenizer, prompt, cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
+    model, found = train_llm(
+        texts, encoder, hidden=boot.llm_hidden, layers=boot.llm_layers, steps=boot.llm_steps, lr=boot.llm_lr,
+        batch=boot.llm_batch, seed=boot.seed,
+    )  # fmt: skip
+    model.save_pretrained(job.folder)
+    tokenizer.save_pretrained(job.folder)
+    return _told("Stand-in language model", found, "perplexity", {"texts": len(texts), "pieces": len(tokenizer)})
+
+
+# --- vision tower --------------------------------------------------------------------------------------------------
 
 
 def vision_depends(cfg: Config) -> Depends:
-    chosen = {key: value for key, value in plain(cfg.bootstrap).items() if key == "seed" or key.startswith("vision_")}
-    return Depends(config={"bootstrap": chosen})
+    boot = {key: value for key, value in plain(cfg.bootstrap).items() if key.startswith("vision_")}
+    return Depends(config={**boot, "seed": cfg.bootstrap.seed})
 
 
-def make_vision(cfg: Config, job: Job) -> Outcome:
+def vision_run(cfg: Config, job: Job) -> Outcome:
     if not job.accelerator.is_main_process:
         return Outcome()
-    settings = cfg.bootstrap
-    encoder, measured = train_vision(
-        hidden=settings.vision_hidden, steps=settings.vision_steps, lr=settings.vision_lr, seed=settings.seed
-    )
-    with _written(job.folder) as folder:
-        encoder.save(folder)
-    return _report("Stand-in: vision tower and Q-Former", measured)
+    boot = cfg.bootstrap
+    encoder, found = train_vision(hidden=boot.vision_hidden, steps=boot.vision_steps, lr=boot.vision_lr, seed=boot.seed)
+    encoder.save(job.folder)
+    return _told("Stand-in vision tower", found, "geometry_r2", {})
 
 
-# --- sentence encoder ------------------------------------------------------------------------------------------------
+# --- sentence encoder ----------------------------------------------------------------------------------------------
 
 
 def retriever_depends(cfg: Config) -> Depends:
-    return _reads(cfg, "retriever_hidden", "retriever_steps", "retriever_lr")
+    boot = {key: value for key, value in plain(cfg.bootstrap).items() if key.startswith("retriever_")}
+    return text_depends(cfg) | Depends(config=boot)
 
 
-def make_retriever(cfg: Config, job: Job) -> Outcome:
+def retriever_run(cfg: Config, job: Job) -> Outcome:
+    samples = text_samples(cfg, job)
     if not job.accelerator.is_main_process:
         return Outcome()
-    settings, samples = cfg.bootstrap, _text(cfg, job)
-    with _written(job.folder) as folder:
-        model, measured = train_retriever(
-            [(sample.utterance.text, sample.response.text) for sample in samples], folder / "work",
-            hidden=settings.retriever_hidden, steps=settings.retriever_steps, lr=settings.retriever_lr,
-            seed=settings.seed,
-        )  # fmt: skip
-        model.save_pretrained(str(folder), create_model_card=False)
-        shutil.rmtree(folder / "work")
-    if settings.text is BootstrapText.tiny:
-        measured["topic_match@1"] = topic_match(model, cfg)
-    return _report("Stand-in: sentence encoder", measured)
+    boot = cfg.bootstrap
+    twins = [(sample.utterance.text, sample.response.text) for sample in samples]
+    model, found = train_retriever(
+        twins, hidden=boot.retriever_hidden, steps=boot.retriever_steps, lr=boot.retriever_lr, seed=boot.seed
+    )
+    primary = "twin_match@1"
+    if boot.text is BootstrapText.tiny:
+        primary = "topic_match@1"
+        unseen = pairs(pretraining(boot.seed + 1, 400))
+        found = {**found, primary: topic_match(model, [pair.utterance.text for pair in unseen])}
+    model.save_pretrained(str(job.folder), create_model_card=False)
+    return _told("Stand-in sentence encoder", found, primary, {"twins": len(twins)})
 
 
-def topic_match(model: Any, cfg: Config) -> float:
-    """How often a turn's nearest turn of another dialogue is about the same topic, on dialogues it has not seen."""
-    fresh = [dialogue for dialogue, _ in pretraining(cfg.bootstrap.seed + 1, 200)]
-    turns: list[tuple[Utterance, str]] = [(turn, dialogue.id) for dialogue in fresh for turn in dialogue.utterances]
-    vectors = encode(model, [turn.text for turn, _ in turns])["e_u"]
-    unit = torch.nn.functional.normalize(torch.as_tensor(vectors), dim=-1)
-    topics, owners = [topic_of(turn.text) for turn, _ in turns], [owner for _, owner in turns]
-    return float(match_scores(unit @ unit.T, topics, topics, owners, owners)["match@1"])
+def topic_match(model: Any, texts: Iterable[str]) -> float:
+    """How often the nearest other text has the same topic."""
+    distinct = sorted(set(texts))
+    vectors = model.encode(distinct, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
+    cosine = vectors @ vectors.T
+    cosine.fill_diagonal_(-2)
+    nearest = cosine.argmax(-1).tolist()
+    return sum(topic_of(distinct[j]) == topic_of(text) for text, j in zip(distinct, nearest, strict=True)) / len(
+        nearest
+    )
 
 
-class _written:  # noqa: N801 - reads as a verb at its uses
-    """A folder to write into; what is in it lands in the job's folder only when the block ends well."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.new = folder, folder / "new"
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.new, ignore_errors=True)
-        self.new.mkdir(parents=True)
-        return self.new
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if kind is None:
-            for path in self.new.iterdir():
-                if path.is_dir():
-                    replace_folder(path, self.folder / path.name)
-                else:
-                    path.replace(self.folder / path.name)
-        shutil.rmtree(self.new, ignore_errors=True)
+def _told(title: str, found: dict[str, float], primary: str, counts: dict[str, int]) -> Outcome:
+    table(title, (*found, *counts), [(*found.values(), *counts.values())])
+    return Outcome(metrics=found, primary=primary, counts=counts)
 
 
-def _report(title: str, measured: dict[str, Any]) -> Outcome:
-    table(title, ["", "value"], [[name.replace("_", " "), value] for name, value in measured.items()])
-    return Outcome(metrics=measured)
-
-
-WORLD = Stage("bootstrap/world", 1, world_depends, make_world)
-LLM = Stage("bootstrap/llm", 1, llm_depends, make_llm)
-VISION = Stage("bootstrap/vision", 1, vision_depends, make_vision)
-RETRIEVER = Stage("bootstrap/retriever", 1, retriever_depends, make_retriever)
+WORLD = Stage("bootstrap/world", 1, world_depends, world_run)
+LLM = Stage("bootstrap/llm", 1, llm_depends, llm_run)
+VISION = Stage("bootstrap/vision", 1, vision_depends, vision_run)
+RETRIEVER = Stage("bootstrap/retriever", 1, retriever_depends, retriever_run)

@@ -7,10 +7,12 @@ label but the language model, which reads them as words of its text, as a real o
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,19 +23,20 @@ from tqdm.auto import tqdm
 
 from elmd.data.encode import Encoder
 from elmd.data.faces import GEOMETRY, SIZE, Actor, describe, geometry
-from elmd.data.prompts import SLOTS, Prompt
+from elmd.data.prompts import SLOTS, Prompt, Task
 from elmd.log import is_main
 from elmd.models.tokenizer import chatglm2_tokenizer, train_pieces
 from elmd.models.vision import VisionEncoder, VisionShape
 from elmd.types import Demonstration, Sample
 
 HOLD_OUT = 20  # one in so many texts is kept for measuring
+REPEATED = 0.1  # share of lessons that only ask to repeat a sentence: copying is what a demonstration needs, and comes late
 
 
-def descend(parameters: Iterable[nn.Parameter], losses: Callable[[int], Tensor], steps: int, lr: float, what: str) -> None:
+def descend(
+    parameters: Iterable[nn.Parameter], losses: Callable[[int], Tensor], steps: int, lr: float, what: str
+) -> None:
     """AdamW with a short warm-up and a cosine to zero; `losses(step)` draws the batch."""
-    import sys
-
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warm = max(1, steps // 20)
@@ -72,7 +75,12 @@ class Lesson:
 
 
 def lessons(
-    samples: Sequence[Sample], like: Callable[[Sample, Random], Sample | None], prompt: Prompt, seed: int, *, scenes: bool
+    samples: Sequence[Sample],
+    like: Callable[[Sample, Random], Sample | None],
+    prompt: Prompt,
+    seed: int,
+    *,
+    scenes: bool,
 ) -> Iterator[Lesson]:
     """Every sample as a prompt of a drawn kind: REP or EERG, with and without scene, demonstration and history.
 
@@ -82,39 +90,57 @@ def lessons(
     """
     for number, sample in enumerate(samples):
         draw = Random(f"lesson-{seed}-{number}")
-        task = "rep" if draw.random() < 0.6 else "eerg"
+        if draw.random() < REPEATED:
+            yield Lesson(f"请重复：{sample.response.text}", (), sample.response.text)
+            continue
+        task: Task = "rep" if draw.random() < 0.5 else "eerg"
         shown = scenes and draw.random() < 0.8
         other = like(sample, draw) if draw.random() < 0.6 else None
         kept = None if draw.random() < 0.7 else draw.randint(0, len(sample.history))
-        demonstrations = [] if other is None else [
-            Demonstration(other.id, other.dialogue, other.utterance.text, other.response.text, other.response.emotion, 1.0)
-        ]
+        demonstrations = (
+            []
+            if other is None
+            else [
+                Demonstration(
+                    other.id, other.dialogue, other.utterance.text, other.response.text, other.response.emotion, 1.0
+                )
+            ]
+        )
         parts = prompt.parts(sample, demonstrations, task, video=shown, history=kept)
         if draw.random() < 0.05:
             parts["background"] = ""
         scene = describe(geometry(sample.utterance.emotion, draw), draw) if shown else []
-        yield Lesson("".join(parts.values()), tuple(scene), prompt.target(sample.response.emotion, sample.response.text, task))
+        yield Lesson(
+            "".join(parts.values()), tuple(scene), prompt.target(sample.response.emotion, sample.response.text, task)
+        )
 
 
-def train_tokenizer(texts: Sequence[Lesson], vocab_size: int) -> Any:
-    """ChatGLM2's tokenizer format on the text of the lessons, in the chat template's frame."""
+def train_tokenizer(texts: Sequence[Lesson], vocab_size: int, *, coverage: float) -> Any:
+    """ChatGLM2's tokenizer format on the text of the lessons, in the chat template's frame.
+
+    Args:
+        coverage: share of the characters that get pieces; the rarest others are written in bytes.
+    """
     lines = []
     for lesson in texts:
         for text in (f"[Round 1]\n问：{lesson.content}\n答：".replace(SLOTS, "\n"), *lesson.scene, lesson.target):
             lines += [line for line in text.split("\n") if line]
-    return chatglm2_tokenizer(train_pieces(lines, vocab_size))
+    return chatglm2_tokenizer(train_pieces(lines, vocab_size, coverage))
 
 
 @dataclass(frozen=True)
 class Line:
-    """A lesson in ids; the target begins at `at`, the slots' words lie in [slots.start, slots.stop)."""
+    """A lesson in ids; its target begins at `at`."""
 
     ids: list[int]
     at: int
 
 
 def encode_lesson(lesson: Lesson, encoder: Encoder, draw: Random) -> Line:
-    """Ids as `Encoder` makes them, with the scene's words, 4 to 18 tokens of them, where visual tokens will be."""
+    """Ids as `Encoder` makes them, with the scene's words, 4 to 18 tokens of them, where visual tokens will be.
+
+    Too long a prompt loses its beginning.
+    """
     before, after = encoder.wrap(lesson.content)
     scene: list[int] = []
     length = draw.randint(4, 18) if lesson.scene else 0
@@ -122,27 +148,35 @@ def encode_lesson(lesson: Lesson, encoder: Encoder, draw: Random) -> Line:
         phrases = list(lesson.scene)
         draw.shuffle(phrases)
         scene += encoder.text("，".join(phrases) + "，")
-    prompt = [*before, *scene[:length], *after]
-    return Line([*prompt, *encoder.text(lesson.target), encoder.tokenizer.eos_token_id], len(prompt))
+    prompt = [*before, *scene[:length], *after][-encoder.max_prompt_tokens :]
+    target = encoder.text(lesson.target)[: encoder.max_target_tokens - 1]
+    return Line([*prompt, *target, encoder.tokenizer.eos_token_id], len(prompt))
 
 
 def train_llm(
-    texts: Sequence[Lesson], encoder: Encoder, *, hidden: int, layers: int, steps: int, lr: float, seed: int, batch: int = 32
+    texts: Sequence[Lesson],
+    encoder: Encoder,
+    *,
+    hidden: int,
+    layers: int,
+    steps: int,
+    lr: float,
+    seed: int,
+    batch: int = 32,
 ) -> tuple[Any, dict[str, float]]:
     """A GLM of ChatGLM2's shape on `texts`, one in `HOLD_OUT` held out for the perplexity.
 
     Returns:
         the model, and `perplexity` (per target token), `tokens_per_s`, `parameters`.
     """
-    import time
-
     from transformers import GlmConfig, GlmForCausalLM
 
     torch.manual_seed(seed)
     vocabulary = len(encoder.tokenizer)
     config = GlmConfig(
-        vocab_size=-(-vocabulary // 64) * 64, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 32, num_key_value_heads=2, head_dim=32, partial_rotary_factor=0.5,
+        vocab_size=-(-vocabulary // 64) * 64, hidden_size=hidden, num_hidden_layers=layers,
+        intermediate_size=2 * hidden, num_attention_heads=hidden // 32, num_key_value_heads=2, head_dim=32,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         attention_bias=True, tie_word_embeddings=False, rms_norm_eps=1e-5, max_position_embeddings=2048,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
@@ -150,18 +184,15 @@ def train_llm(
     draw = Random(f"llm-{seed}")
     lines = [encode_lesson(text, encoder, draw) for text in texts]
     held, lines = lines[::HOLD_OUT], [line for i, line in enumerate(lines) if i % HOLD_OUT]
-    # Batches of like lengths waste no padding; their order is drawn.
+    batches = like_lengths(lines, batch, draw)
     tokens = 0
 
     def loss(step: int) -> Tensor:
         nonlocal tokens
-        if step % (len(lines) // batch) == 0:
-            order = sorted(range(len(lines)), key=lambda i: len(lines[i].ids) + draw.random() * 8)
-            loss.batches = [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]  # type: ignore
-            draw.shuffle(loss.batches)  # type: ignore
-        chosen = [lines[i] for i in loss.batches[step % (len(lines) // batch)]]  # type: ignore
+        chosen = next(batches)
         tokens += sum(len(line.ids) for line in chosen)
         prompt, word, rest = line_losses(model, chosen)
+        # The first word of a target is the emotion: one token in many, and the one that everything turns on.
         return 0.2 * prompt.mean() + word.mean() + rest.mean()
 
     model.train()
@@ -176,6 +207,15 @@ def train_llm(
         "tokens_per_s": tokens / seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def like_lengths(lines: Sequence[Line], size: int, draw: Random) -> Iterator[list[Line]]:
+    """Batches without end, each of lines of about one length, which wastes no padding, in drawn order."""
+    while True:
+        order = sorted(lines, key=lambda line: len(line.ids) + 8 * draw.random())
+        batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)] or [order]
+        draw.shuffle(batches)
+        yield from batches
 
 
 def line_losses(model: Any, lines: Sequence[Line]) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +248,7 @@ _RANGES = {"mouth_open": (-0.2, 1.2), "nose": (-0.2, 1.2)}
 
 
 def any_face(draw: Random) -> np.ndarray:
-    """A face of no emotion in particular: each number apart, at rest in one case of four, else anywhere in its range."""
+    """A face of no emotion in particular: each number apart, at rest or anywhere in its range."""
     return np.array(
         [0.0 if draw.random() < 0.25 else draw.uniform(*_RANGES.get(name, (-1.2, 1.2))) for name in GEOMETRY],
         dtype=np.float32,
@@ -235,14 +275,14 @@ class Reader(nn.Module):
         return (x[:, : len(GEOMETRY)] * self.weight).sum(-1) + self.bias
 
 
-def train_vision(*, hidden: int, steps: int, lr: float, seed: int, batch: int = 48) -> tuple[VisionEncoder, dict[str, float]]:
+def train_vision(
+    *, hidden: int, steps: int, lr: float, seed: int, batch: int = 48
+) -> tuple[VisionEncoder, dict[str, float]]:
     """A BLIP-2 vision tower and Q-Former with a query per number of `GEOMETRY`, trained to tell that number.
 
     Returns:
         the encoder, and `geometry_r2` on people it has not seen, `frames_per_s` of training, `parameters`.
     """
-    import time
-
     torch.manual_seed(seed)
     shape = VisionShape(
         vision_config={
@@ -286,36 +326,35 @@ def train_vision(*, hidden: int, steps: int, lr: float, seed: int, batch: int = 
 
 
 def train_retriever(
-    twins: Sequence[tuple[str, str]], folder: Path, *, hidden: int, steps: int, lr: float, seed: int, batch: int = 64
+    twins: Sequence[tuple[str, str]], *, hidden: int, steps: int, lr: float, seed: int, batch: int = 64
 ) -> tuple[Any, dict[str, float]]:
     """A BERT over characters with mean pooling, taught that two turns of one dialogue belong together.
 
     Args:
         twins: pairs of texts from one dialogue each; one in `HOLD_OUT` is held out.
-        folder: where the checkpoint is written, as a plain SentenceTransformer.
 
     Returns:
-        the encoder, and `twin_match@1`: how often a held-out text's nearest among 64 is its twin; `parameters`.
+        the encoder, a plain SentenceTransformer; `twin_match@1`: how often a held-out text's nearest among 64 is its
+        twin; `parameters`.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     torch.manual_seed(seed)
-    folder.mkdir(parents=True, exist_ok=True)
     letters = sorted({letter for pair in twins for text in pair for letter in text if not letter.isspace()})
     # A letter is a piece on its own and inside a word, so that words and numbers in Latin script are read too.
     inner = [f"##{letter}" for letter in letters if letter.isascii() or letter.isalpha()]
     vocabulary = {piece: i for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *inner])}
-    encoder_folder = folder / "start"
-    BertTokenizerFast(vocab=vocabulary, do_lower_case=False, model_max_length=128).save_pretrained(encoder_folder)
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=hidden, num_hidden_layers=2, num_attention_heads=max(1, hidden // 32),
         intermediate_size=2 * hidden, max_position_embeddings=128, hidden_dropout_prob=0.1, initializer_range=0.05,
     )  # fmt: skip
-    BertModel(config).save_pretrained(encoder_folder)
-    encoder = Transformer(str(encoder_folder), max_seq_length=128)
+    with TemporaryDirectory() as start:  # Transformer begins from files only
+        BertTokenizer(vocab=vocabulary, do_lower_case=False, model_max_length=128).save_pretrained(start)
+        BertModel(config).save_pretrained(start)
+        encoder = Transformer(start, max_seq_length=128)
     model = SentenceTransformer(
         modules=[encoder, Pooling(encoder.get_embedding_dimension(), "mean")], device="cpu", similarity_fn_name="cosine"
     )
