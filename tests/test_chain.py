@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 #: A tenth of the demo's world, and trainings just long enough to leave every artifact.
 SMALL = [
     "experiment=demo", "threads=1",
-    "data.world.train=120", "data.world.valid=30", "data.world.test=60", "data.world.bootstrap=150",
-    "bootstrap.vocab_size=900", "bootstrap.llm_steps=40", "bootstrap.retriever_steps=30", "bootstrap.vision_steps=30",
+    "data.world.train=120", "data.world.valid=30", "data.world.test=60", "bootstrap.dialogues=300",
+    "bootstrap.llm_steps=40", "bootstrap.retriever_steps=30", "bootstrap.vision_steps=30",
     "erm.epochs=2", "erm.checkpoint_every=3", "rep.epochs=2", "rep.checkpoint_every=3",
     "eerg.steps=12", "eerg.evaluate_every=6", "eerg.checkpoint_every=3", "generate.max_new_tokens=16",
 ]  # fmt: skip

@@ -43,7 +43,13 @@ def command(name: str, action: Action, *, checked: bool = True) -> Callable[[], 
     def main(raw: DictConfig) -> None:
         guard(lambda: run(typed(raw, checked=checked), action))
 
-    return main
+    def start() -> None:
+        # Hydra's argument parser refuses overrides on both sides of -m, which is how people type a sweep.
+        sweep = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]
+        sys.argv[1:] = sweep + [argument for argument in sys.argv[1:] if argument not in sweep]
+        main()
+
+    return start
 
 
 def compose(overrides: Sequence[str] = (), name: str = "train") -> Config:

@@ -26,7 +26,7 @@ from elmd.data.world import pretraining, topic_of, write_world
 from elmd.errors import DataError
 from elmd.log import table
 from elmd.stages.base import Depends, Job, Outcome, Stage
-from elmd.training.standins import lessons, train_llm, train_retriever, train_tokenizer, train_vision
+from elmd.training.standins import hold_out, lessons, train_llm, train_retriever, train_tokenizer, train_vision
 from elmd.types import SPLITS, Sample
 
 LIKE = 0.8  # share of the demonstrations in the language model's text that answer a like emotion
@@ -108,7 +108,7 @@ def like(samples: Sequence[Sample], by_show: bool) -> Callable[[Sample, Random],
         show = sample.show if by_show else ""
         keys = [(show, sample.utterance.emotion), show] if draw.random() < LIKE else [show]
         for key in keys:
-            for _ in range(4):
+            for _ in range(4 if key in pools else 0):
                 other = draw.choice(pools[key])
                 if other.dialogue != sample.dialogue:
                     return other
@@ -131,18 +131,20 @@ def llm_run(cfg: Config, job: Job) -> Outcome:
         return Outcome()
     boot, own = cfg.bootstrap, cfg.bootstrap.text is BootstrapText.tiny
     prompt = Prompt(**{field.name: getattr(cfg.prompt, field.name) for field in fields(Prompt)})
+    held, kept = hold_out(samples)
     # Little data is read several times, each time as other kinds of prompt.
-    rounds = 1 if own else -(-boot.dialogues // len(samples))
+    rounds = 1 if own else -(-boot.dialogues // len(kept))
     texts = [
         lesson
         for number in range(rounds)
-        for lesson in lessons(samples, like(samples, own), prompt, boot.seed + number, scenes=own)
+        for lesson in lessons(kept, like(kept, own), prompt, boot.seed + number, scenes=own)
     ]
+    unseen = list(lessons(held, like(kept, own), prompt, boot.seed, scenes=own))
     # Real text has thousands of characters; the rarest of them are left to bytes so that words become pieces too.
     tokenizer = train_tokenizer(texts[:4000], boot.vocab_size, coverage=1.0 if own else 0.99)
     encoder = Encoder(tokenizer, prompt, cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
     model, found = train_llm(
-        texts, encoder, hidden=boot.llm_hidden, layers=boot.llm_layers, steps=boot.llm_steps, lr=boot.llm_lr,
+        texts, unseen, encoder, hidden=boot.llm_hidden, layers=boot.llm_layers, steps=boot.llm_steps, lr=boot.llm_lr,
         batch=boot.llm_batch, seed=boot.seed,
     )  # fmt: skip
     model.save_pretrained(job.folder)
@@ -210,7 +212,7 @@ def _told(title: str, found: dict[str, float], primary: str, counts: dict[str, i
     return Outcome(metrics=found, primary=primary, counts=counts)
 
 
-WORLD = Stage("bootstrap/world", 1, world_depends, world_run)
-LLM = Stage("bootstrap/llm", 1, llm_depends, llm_run)
+WORLD = Stage("bootstrap/world", 2, world_depends, world_run)
+LLM = Stage("bootstrap/llm", 2, llm_depends, llm_run)
 VISION = Stage("bootstrap/vision", 1, vision_depends, vision_run)
-RETRIEVER = Stage("bootstrap/retriever", 1, retriever_depends, retriever_run)
+RETRIEVER = Stage("bootstrap/retriever", 2, retriever_depends, retriever_run)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,8 +29,17 @@ from elmd.models.tokenizer import chatglm2_tokenizer, train_pieces
 from elmd.models.vision import VisionEncoder, VisionShape
 from elmd.types import Demonstration, Sample
 
-HOLD_OUT = 20  # one in so many texts is kept for measuring
-REPEATED = 0.1  # share of lessons that only ask to repeat a sentence: copying is what a demonstration needs, and comes late
+T = TypeVar("T")
+
+HOLD_OUT = 20  # one in so many samples is kept for measuring
+REPEATED = (
+    0.1  # share of lessons that only ask to repeat a sentence: copying is what a demonstration needs, and comes late
+)
+
+
+def hold_out(items: Sequence[T]) -> tuple[list[T], list[T]]:
+    """(what is measured on, what is trained on)."""
+    return list(items[::HOLD_OUT]), [item for i, item in enumerate(items) if i % HOLD_OUT]
 
 
 def descend(
@@ -155,19 +164,23 @@ def encode_lesson(lesson: Lesson, encoder: Encoder, draw: Random) -> Line:
 
 def train_llm(
     texts: Sequence[Lesson],
+    held: Sequence[Lesson],
     encoder: Encoder,
     *,
     hidden: int,
     layers: int,
     steps: int,
     lr: float,
+    batch: int,
     seed: int,
-    batch: int = 32,
 ) -> tuple[Any, dict[str, float]]:
-    """A GLM of ChatGLM2's shape on `texts`, one in `HOLD_OUT` held out for the perplexity.
+    """A GLM of ChatGLM2's shape, trained on `texts`.
+
+    Args:
+        held: texts of other dialogues, to measure on.
 
     Returns:
-        the model, and `perplexity` (per target token), `tokens_per_s`, `parameters`.
+        the model, and `perplexity` (per target token of `held`), `tokens_per_s`, `parameters`.
     """
     from transformers import GlmConfig, GlmForCausalLM
 
@@ -182,8 +195,7 @@ def train_llm(
     )  # fmt: skip
     model = GlmForCausalLM(config)
     draw = Random(f"llm-{seed}")
-    lines = [encode_lesson(text, encoder, draw) for text in texts]
-    held, lines = lines[::HOLD_OUT], [line for i, line in enumerate(lines) if i % HOLD_OUT]
+    lines, unseen = ([encode_lesson(text, encoder, draw) for text in some] for some in (texts, held))
     batches = like_lengths(lines, batch, draw)
     tokens = 0
 
@@ -201,7 +213,9 @@ def train_llm(
     seconds = time.perf_counter() - started
     model.eval()
     with torch.no_grad():
-        found = torch.cat([torch.cat(line_losses(model, held[i : i + batch])[1:]) for i in range(0, len(held), batch)])
+        found = torch.cat(
+            [torch.cat(line_losses(model, unseen[i : i + batch])[1:]) for i in range(0, len(unseen), batch)]
+        )
     return model, {
         "perplexity": math.exp(found.mean().item()),
         "tokens_per_s": tokens / seconds,
@@ -349,7 +363,8 @@ def train_retriever(
     vocabulary = {piece: i for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *inner])}
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=hidden, num_hidden_layers=2, num_attention_heads=max(1, hidden // 32),
-        intermediate_size=2 * hidden, max_position_embeddings=128, hidden_dropout_prob=0.1, initializer_range=0.05,
+        intermediate_size=2 * hidden, max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.05,
     )  # fmt: skip
     with TemporaryDirectory() as start:  # Transformer begins from files only
         BertTokenizer(vocab=vocabulary, do_lower_case=False, model_max_length=128).save_pretrained(start)
@@ -358,20 +373,29 @@ def train_retriever(
     model = SentenceTransformer(
         modules=[encoder, Pooling(encoder.get_embedding_dimension(), "mean")], device="cpu", similarity_fn_name="cosine"
     )
-    held, kept = twins[::HOLD_OUT], [pair for i, pair in enumerate(twins) if i % HOLD_OUT]
+    twins = [(first[:64], second[:64]) for first, second in twins]  # the topic of a long turn shows in its beginning
+    held, kept = hold_out(twins)
     draw = Random(f"retriever-{seed}")
+
+    spell = nn.Linear(hidden, len(vocabulary))
 
     def embed(texts: Sequence[str]) -> Tensor:
         return F.normalize(model(model.preprocess(list(texts)))["sentence_embedding"], dim=-1)
 
     def loss(step: int) -> Tensor:
         first, second = zip(*draw.sample(kept, min(batch, len(kept))), strict=True)
-        cosine = embed(first + second)
+        read = model.preprocess(list(first + second))
+        ids = read["input_ids"]
+        e = model(read)["sentence_embedding"]
+        cosine = F.normalize(e, dim=-1)
         scores = cosine[: len(first)] @ cosine[len(first) :].T / 0.1
-        return F.cross_entropy(scores, torch.arange(len(first)))
+        # A sentence encoder holds what a sentence says, not its topic alone: it is also asked for the sentence's letters.
+        said = torch.zeros(len(ids), len(vocabulary)).scatter_(1, ids, 1.0)[:, 5:]
+        letters_loss = -(spell(e)[:, 5:].log_softmax(-1) * said).sum(-1) / said.sum(-1).clamp(min=1)
+        return F.cross_entropy(scores, torch.arange(len(first))) + letters_loss.mean()
 
     model.train()
-    descend(model.parameters(), loss, steps, lr, "sentence encoder")
+    descend([*model.parameters(), *spell.parameters()], loss, steps, lr, "sentence encoder")
     model.eval()
     hits = 0
     with torch.no_grad():
