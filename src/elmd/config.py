@@ -227,7 +227,7 @@ class BootstrapConfig:
     vocab_size: int = 2000  # pieces, 256 bytes included; then most phrases of the tiny world are one or two tokens
     llm_hidden: int = 128
     llm_layers: int = 2  # copying from a demonstration takes two; a third learns no faster in this time
-    llm_steps: int = 3200
+    llm_steps: int = 6000
     llm_batch: int = 16
     llm_lr: float = 2e-3
     vision_hidden: int = 64  # q

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from elmd.data.encode import Encoder
 from elmd.data.faces import GEOMETRY, SIZE, Actor, describe, geometry
-from elmd.data.prompts import SLOTS, Prompt, Task
+from elmd.data.prompts import SLOTS, Prompt, Task, clean
 from elmd.log import is_main
 from elmd.models.tokenizer import chatglm2_tokenizer, train_pieces
 from elmd.models.vision import VisionEncoder, VisionShape
@@ -32,9 +32,8 @@ from elmd.types import Demonstration, Sample
 T = TypeVar("T")
 
 HOLD_OUT = 20  # one in so many samples is kept for measuring
-REPEATED = (
-    0.1  # share of lessons that only ask to repeat a sentence: copying is what a demonstration needs, and comes late
-)
+#: Share of lessons that only ask to repeat a sentence: copying is what a demonstration needs, and is learnt late.
+REPEATED = 0.1
 
 
 def hold_out(items: Sequence[T]) -> tuple[list[T], list[T]]:
@@ -100,7 +99,8 @@ def lessons(
     for number, sample in enumerate(samples):
         draw = Random(f"lesson-{seed}-{number}")
         if draw.random() < REPEATED:
-            yield Lesson(f"请重复：{sample.response.text}", (), sample.response.text)
+            sentence = clean(sample.response.text)
+            yield Lesson(f"请重复：{sentence}", (), sentence)
             continue
         task: Task = "rep" if draw.random() < 0.5 else "eerg"
         shown = scenes and draw.random() < 0.8
@@ -363,8 +363,8 @@ def train_retriever(
     vocabulary = {piece: i for i, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *inner])}
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=hidden, num_hidden_layers=2, num_attention_heads=max(1, hidden // 32),
-        intermediate_size=2 * hidden, max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        initializer_range=0.05,
+        intermediate_size=2 * hidden, max_position_embeddings=128, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, initializer_range=0.05,
     )  # fmt: skip
     with TemporaryDirectory() as start:  # Transformer begins from files only
         BertTokenizer(vocab=vocabulary, do_lower_case=False, model_max_length=128).save_pretrained(start)
@@ -389,7 +389,7 @@ def train_retriever(
         e = model(read)["sentence_embedding"]
         cosine = F.normalize(e, dim=-1)
         scores = cosine[: len(first)] @ cosine[len(first) :].T / 0.1
-        # A sentence encoder holds what a sentence says, not its topic alone: it is also asked for the sentence's letters.
+        # A real encoder holds what a sentence says, not its topic alone: so it is also asked for the letters.
         said = torch.zeros(len(ids), len(vocabulary)).scatter_(1, ids, 1.0)[:, 5:]
         letters_loss = -(spell(e)[:, 5:].log_softmax(-1) * said).sum(-1) / said.sum(-1).clamp(min=1)
         return F.cross_entropy(scores, torch.arange(len(first))) + letters_loss.mean()
