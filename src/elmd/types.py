@@ -41,16 +41,8 @@ class Sentence:
 
 
 @dataclass(frozen=True, slots=True)
-class Utterance:
+class Utterance(Sentence):
     """A speaker's turn: consecutive sentences of one speaker, merged (§4.1)."""
-
-    id: str
-    speaker: str
-    text: str
-    emotion: Emotion
-    clip: Clip | None = None
-    features: str | None = None
-    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,18 +14,17 @@ The text comes from dialogues made for the purpose (`bootstrap.text=tiny`) or fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from random import Random
 from typing import Any
 
 from elmd.config import BootstrapText, Config, plain
 from elmd.data.encode import Encoder
-from elmd.data.prompts import Prompt
 from elmd.data.samples import load_samples, pairs
 from elmd.data.world import pretraining, topic_of, write_world
 from elmd.errors import DataError
 from elmd.log import table
 from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.stages.parts import prompt_of
 from elmd.training.standins import hold_out, lessons, train_llm, train_retriever, train_tokenizer, train_vision
 from elmd.types import SPLITS, Sample
 
@@ -75,13 +74,7 @@ def text_samples(cfg: Config, job: Job) -> list[Sample]:
     """
     if cfg.bootstrap.text is BootstrapText.tiny:
         made = pairs(pretraining(cfg.bootstrap.seed, cfg.bootstrap.dialogues))
-        return [
-            Sample(
-                f"{pair.dialogue.id}#{pair.at}", pair.dialogue.id, pair.dialogue.show, "train",
-                pair.dialogue.utterances[: pair.at - 1], pair.utterance, pair.response, pair.dialogue.background,
-            )
-            for pair in made
-        ]  # fmt: skip
+        return [pair.sample("train", text_only=True) for pair in made]
     samples = [s for s in load_samples(job.upstream["prepare"] / "samples.jsonl") if s.split == "train"]
     if len(samples) < 50:
         raise DataError(
@@ -130,7 +123,7 @@ def llm_run(cfg: Config, job: Job) -> Outcome:
     if not job.accelerator.is_main_process:
         return Outcome()
     boot, own = cfg.bootstrap, cfg.bootstrap.text is BootstrapText.tiny
-    prompt = Prompt(**{field.name: getattr(cfg.prompt, field.name) for field in fields(Prompt)})
+    prompt = prompt_of(cfg.prompt)
     held, kept = hold_out(samples)
     # Little data is read several times, each time as other kinds of prompt.
     rounds = 1 if own else -(-boot.dialogues // len(kept))
