@@ -1,4 +1,4 @@
-"""The tiny world: what DESIGN promises of it holds in the files that it writes."""
+"""The tiny world: what is promised of it holds in the files that it writes."""
 
 from __future__ import annotations
 

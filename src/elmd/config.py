@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 from elmd.errors import ConfigError
 
-#: A checkpoint path with this value stands for the stand-in made by `stage=bootstrap` (§10 of the design).
+#: A checkpoint path with this value stands for the stand-in made by `stage=bootstrap`.
 BOOTSTRAP = "bootstrap"
 
 

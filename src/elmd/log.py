@@ -39,9 +39,9 @@ def setup(level: int = logging.INFO) -> None:
 
 
 def progress(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """`items`, with a progress bar on rank 0 (a line every ten seconds where there is no terminal)."""
+    """`items`, with a progress bar on rank 0 once a second has passed (a line every ten where there is no terminal)."""
     bar = tqdm(
-        items, desc=what, total=total, unit=unit, disable=not is_main(), file=sys.stderr,
+        items, desc=what, total=total, unit=unit, disable=not is_main(), file=sys.stderr, delay=1,
         mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, leave=sys.stderr.isatty(),
     )  # fmt: skip
     yield from bar

@@ -1,6 +1,6 @@
 """Drawn, animated faces: their geometry, that geometry in words, and real H.264 clips of them.
 
-Part of the tiny world (§10 of the design). Seven numbers say what a face does; an emotion only decides which numbers
+Part of the tiny world. Seven numbers say what a face does; an emotion only decides which numbers
 are likely. So a vision tower can be taught geometry, and a language model words for geometry, without a label.
 """
 

@@ -1,4 +1,4 @@
-"""The tiny world: Chinese two-person dialogues and clips of drawn faces, made from a seed (§10 of the design).
+"""The tiny world: Chinese two-person dialogues and clips of drawn faces, made from a seed.
 
 It is built so that each part of the method has something to do, and so that what can be known is known:
 

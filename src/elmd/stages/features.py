@@ -39,7 +39,7 @@ def depends(cfg: Config) -> Depends:
     vision, upstream = cfg.vision, ("prepare",)
     if vision.kind is VisionKind.precomputed:
         return Depends(config={"kind": vision.kind.value, "shape": vision.shape}, upstream=upstream)
-    # dtype changes the numbers; what `auto` becomes depends on the device, which no result is a function of (§3)
+    # dtype changes the numbers; what `auto` becomes depends on the device, which is no part of a fingerprint
     config = {
         "kind": vision.kind.value, "frames": vision.frames, "decoder": vision.decoder.value, "dtype": vision.dtype,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Training of the small stand-ins for the public checkpoints (§10 of the design): language model, vision, retriever.
+"""Training of the small stand-ins for the public checkpoints: language model, vision, retriever.
 
 Each function makes one checkpoint from plain arguments and returns it with what was measured. None sees an emotion
 label but the language model, which reads them as words of its text, as a real one has.
