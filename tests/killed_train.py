@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
 from elmd.train import main
 from elmd.training import checkpoint, loop
 
-what, at = sys.argv.pop(1).split(":")
+what, at = os.environ["KILL_AT"].split(":")
 count = 0
 
 

@@ -24,8 +24,10 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(runs: Path, *overrides: str, module: str = "elmd.train", code: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "ELMD_DEBUG"}
+def run(
+    runs: Path, *overrides: str, module: str = "elmd.train", code: int = 0, kill_at: str = ""
+) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "ELMD_DEBUG"} | {"KILL_AT": kill_at}
     command = ["-m", module] if module.startswith("elmd") else [module]
     done = subprocess.run(
         [sys.executable, *command, *SMALL, f"runs_dir={runs}", *overrides],
@@ -134,8 +136,9 @@ def test_ablations_share_what_they_do_not_change(runs: Path, chain: dict[str, Pa
     assert len(by_stage["eerg"]) == 3
     assert chain["eerg"].name not in by_stage["eerg"]
     assert len(by_stage["rep"]) == 1, "no_v and no_rep train no REP; no_erm has a prompt of its own"
-    jobs = sorted(path.name for path in (runs / "experiments" / "demo").iterdir() if path.is_dir())
-    assert jobs == ["ablation=no_erm", "ablation=no_rep", "ablation=no_v"]
+    jobs = [path for path in (runs / "experiments" / "demo").glob("*/artifacts.json") if "ablation" in path.parent.name]
+    told = [json.loads(path.read_text(encoding="utf-8"))["config"]["ablation_name"] for path in jobs]
+    assert sorted(told) == ["no_erm", "no_rep", "no_v"], "each job has a folder of its own"
 
 
 @pytest.mark.parametrize("stage", ["erm", "rep", "eerg"])
@@ -144,7 +147,8 @@ def test_a_killed_stage_resumes_exactly(runs: Path, chain: dict[str, Path], stag
     for point in ("step:5", "checkpoint:2"):
         again = tmp_path / point.replace(":", "") / "runs"
         shutil.copytree(runs, again, ignore=shutil.ignore_patterns(stage, "experiments"))
-        run(again, point, f"stage={stage}", module=str(Path(__file__).with_name("killed_train.py")), code=-9)
+        script = str(Path(__file__).with_name("killed_train.py"))
+        run(again, f"stage={stage}", module=script, code=-9, kill_at=point)
         partial = next((again / stage).glob("*.partial"))
         assert len(list((partial / "checkpoints").glob("step-????????"))) == 1
         done = run(again, f"stage={stage}")

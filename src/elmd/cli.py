@@ -18,9 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 from elmd import log
 from elmd.config import Config, check
 from elmd.errors import ConfigError, ElmdError
+from elmd.training.artifacts import digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+#: Bytes of a sweep job's name that are spelt out in its folder's name.
+LONGEST = 120
 
 Action = Callable[[Config, "Accelerator"], None]
 
@@ -112,7 +116,9 @@ def experiment_folder(cfg: Config) -> Path:
     """`runs/experiments/<name>/`; each job of a sweep has its own folder there, named by what the job sets."""
     folder = Path(cfg.runs_dir) / "experiments" / cfg.experiment_name
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        folder /= HydraConfig.get().job.override_dirname or "job"
+        job = HydraConfig.get().job.override_dirname or "job"
+        # File systems take names of 255 bytes; what does not fit is told apart by its digest.
+        folder /= job if len(job.encode()) <= LONGEST else f"{job[:LONGEST]}…{digest(job)}"
     return folder
 
 
