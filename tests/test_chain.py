@@ -115,6 +115,10 @@ def test_generates_and_scores(runs: Path, chain: dict[str, Path]) -> None:
     assert {"id", "hypothesis", "reference", "demonstration", "gold_emotion", "prompt", "seed"} <= line.keys()
     assert list(line["prompt"]) == ["instruction", "background", "history", "utterance", "video", "demonstration"]
     assert "ELMD" in done.stderr, "the table is shown"
+    script = Path(__file__).parents[1] / "scripts" / "evaluate_runs.py"
+    subprocess.run([sys.executable, script, folder, "--out", runs.parent / "tables"], check=True, capture_output=True)
+    table = (runs.parent / "tables" / "scores.md").read_text("utf-8")
+    assert f"{scores['systems']['ELMD']['paper']['rouge1_char']:.2f}" in table, "an experiment's folder is scored alike"
 
 
 def test_the_second_run_reuses_everything(runs: Path, chain: dict[str, Path]) -> None:

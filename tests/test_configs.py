@@ -164,3 +164,19 @@ def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
     done = command("experiment=demo", cwd=tmp_path, module="elmd.doctor")
     assert done.returncode == 0, done.stderr
     assert "Nothing is missing" in done.stderr
+
+
+def test_evaluate_scores_any_predictions_file(tmp_path: Path) -> None:
+    good = tmp_path / "mine.jsonl"
+    good.write_text('{"id": "a", "hypothesis": "你好。", "reference": "你好吗？"}\n', encoding="utf-8")
+    done = command(f"predictions={good}", cwd=tmp_path, module="elmd.evaluate")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / done.stdout.strip().removeprefix("artifact: ")
+    assert {path.name for path in folder.iterdir()} == {"scores.json", "scores.md", "scores.csv", "scores.tex"}
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"id": "a", "hypothesis": "你好。"}\n', encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    done = command(f"predictions={broken}", cwd=tmp_path, module="elmd.evaluate")
+    assert done.returncode == 1
+    assert f"error: {broken}:1: lacks 'reference'" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is left behind"
