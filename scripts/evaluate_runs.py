@@ -1,6 +1,6 @@
 """Score many runs at once: BLEU, METEOR and ROUGE tables as Markdown, CSV and LaTeX, one row per run.
 
-    python scripts/evaluate_runs.py runs/experiments/demo runs/experiments/no_erm --out results/
+    python scripts/evaluate_runs.py runs/experiments/demo runs/experiments/table3_m3ed --out results/
     python scripts/evaluate_runs.py mine.jsonl theirs.jsonl --out results/ --protocol paper
 
 A PATH is a predictions file, or a folder in which every `predictions.jsonl` is scored. A file that cannot be scored is

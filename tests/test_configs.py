@@ -140,10 +140,11 @@ def test_help_lists_stages_groups_and_choices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stage=reap"], "reap"),
-        (["data=cpde"], "Could not find 'data/cpde'"),
-        (["erm.epoch=3"], "Key 'epoch' not in 'ErmConfig'"),
-        (["erm.epochs=many"], "could not be converted to Integer"),
+        (["stage=reap"], "error: stage: Invalid value 'reap', expected one of [bootstrap, prepare,"),
+        (["data=cpde"], "error: data: there is no choice 'cpde'; choose from cped, jsonl, m3ed, tiny."),
+        (["erm.epoch=3"], "error: configuration: there is no key 'erm.epoch'; did you mean erm.epochs."),
+        (["+erm.epoch=3"], "error: configuration: there is no key 'erm.epoch'; did you mean erm.epochs."),
+        (["erm.epochs=many"], "error: erm.epochs: Value 'many' of type 'str' could not be converted to Integer"),
         (["rep.select_on=test"], "expected one of [train, valid]"),
         (["data=m3ed"], "error: data.path: data=m3ed has no source"),
     ],
@@ -152,12 +153,12 @@ def test_mistakes_on_the_command_line_are_told_in_short(arguments: list[str], me
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, "one sentence"
     assert not any(tmp_path.iterdir()), "nothing is left behind"
 
 
 def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
-    done = command("experiment=table2_m3ed", f"data.path={tmp_path}/m3ed", cwd=tmp_path, module="elmd.doctor")
+    done = command("experiment=table2_m3ed", "data.path=m3ed", cwd=tmp_path, module="elmd.doctor")
     assert done.returncode == 1
     for word in ("llm.path is not set", "data.video_root is not set", "annotation.json", "things missing"):
         assert word in " ".join(done.stderr.split()), word

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -52,7 +55,8 @@ def command(name: str, action: Action, *, checked: bool = True) -> Callable[[], 
         # Hydra's argument parser refuses overrides on both sides of -m, which is how people type a sweep.
         sweep = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]
         sys.argv[1:] = sweep + [argument for argument in sys.argv[1:] if argument not in sweep]
-        main()
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra tells its errors itself, at length
+        guard(main)
 
     return start
 
@@ -70,6 +74,10 @@ def typed(raw: DictConfig, *, checked: bool = True) -> Config:
     Raises:
         ConfigError: a value is missing or contradicts another.
     """
+    # `+key=value` gets past the schema; a key that nothing reads must not look as if it had worked.
+    known = OmegaConf.structured(Config)
+    for key in sorted(set(_keys(raw)) - set(_keys(known))):
+        raise _unknown(key, known)
     try:
         cfg = OmegaConf.to_object(raw)
     except OmegaConfBaseException as error:
@@ -106,6 +114,8 @@ def guard(act: Callable[[], Any]) -> None:
     except Exception as error:
         if os.environ.get("ELMD_DEBUG") == "1":
             raise
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            error = _composition_error(error)
         told = (
             str(error)
             if isinstance(error, ElmdError)
@@ -113,6 +123,39 @@ def guard(act: Callable[[], Any]) -> None:
         )
         print(f"error: {told}", file=sys.stderr)
         sys.exit(1)
+
+
+def _composition_error(error: Exception) -> ConfigError:
+    """What Hydra says of a command line, as one sentence."""
+    text = str(error)
+    if found := re.match(r"Could not override '([^']+)'", text):
+        return _unknown(found[1], OmegaConf.structured(Config))
+    if found := re.search(r"Could not find '([^']+)'", text):
+        group, _, choice = found[1].rpartition("/")
+        choices = ", ".join(sorted(path.stem for path in (config_dir() / group).glob("*.yaml")))
+        return ConfigError(f"there is no choice {choice!r}", where=group, fix=f"choose from {choices}")
+    if found := re.match(r"Error merging override ([^=]+)=", text):
+        return ConfigError(str(error.__cause__).splitlines()[0].rstrip("."), where=found[1], fix="see --help")
+    told = [line for line in text.splitlines() if line.strip()]
+    where = next((line.split(":", 1)[1].strip() for line in told if line.strip().startswith("full_key")), None)
+    return ConfigError(told[0].rstrip("."), where=where, fix="see --help, or --cfg job for every key")
+
+
+def _unknown(key: str, known: DictConfig) -> ConfigError:
+    near = difflib.get_close_matches(key, _keys(known), n=1)
+    fix = f"did you mean {near[0]}" if near else "--cfg job prints every key"
+    return ConfigError(f"there is no key {key!r}", where="configuration", fix=fix)
+
+
+def _keys(node: DictConfig, prefix: str = "") -> list[str]:
+    """Every key below `node`, dotted."""
+    found = []
+    for key in node:
+        name = prefix + str(key)
+        found.append(name)
+        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            found += _keys(node[key], name + ".")
+    return found
 
 
 def experiment_folder(cfg: Config) -> Path:

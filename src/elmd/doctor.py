@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 #: Where the public checkpoints and data sets come from; data/README.md says more.
 HOMES = {
-    "chatglm2_6b": "huggingface.co/THUDM/chatglm2-6b, converted to safetensors in transformers' Glm layout",
-    "visualglm": "huggingface.co/THUDM/visualglm-6b, its vision tower and Q-Former in the BLIP-2 layout",
+    "chatglm2_6b": "huggingface.co/THUDM/chatglm2-6b, in transformers' Glm layout (a converter is still to come)",
+    "visualglm": "huggingface.co/THUDM/visualglm-6b, in the BLIP-2 layout (a converter is still to come)",
     "blip2": "huggingface.co/Salesforce/blip2-opt-2.7b",
     "m3e_base": "huggingface.co/moka-ai/m3e-base",
     "m3ed": "github.com/AIM3-RUC/RUCM3ED",
@@ -42,15 +42,16 @@ class Finding:
 def doctor(cfg: Config, accelerator: Accelerator) -> None:
     """Print every finding; exit code 1 if something is missing."""
     findings = [*machine(cfg, accelerator), *data(cfg), *checkpoints(cfg)]
-    broken = list(rules(cfg))
-    findings += broken or stages(cfg, accelerator)
+    if not any(finding.missing for finding in findings):
+        findings += list(rules(cfg)) or stages(cfg, accelerator)
     table(
         f"What {cfg.experiment_name} needs",
         ["", "found", "to do"],
-        [(("✗ " if f.missing else "✓ ") + f.what, f.found, f.fix) for f in findings],
+        [(("✗ " if f.missing else "· " if f.fix else "✓ ") + f.what, f.found, f.fix) for f in findings],
     )
     if missing := sum(f.missing for f in findings):
-        print(f"{missing} thing{'s' if missing > 1 else ''} missing; see the last column.", file=sys.stderr)
+        told = f"{missing} thing{'s' if missing > 1 else ''} missing; see the last column."
+        print(f"{told} Which stages are done shows when nothing is missing.", file=sys.stderr)
         sys.exit(1)
     print("Nothing is missing.", file=sys.stderr)
 
@@ -154,7 +155,7 @@ def stages(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
         elif chain.store.partial(name, fingerprint).exists():
             yield Finding(f"stage {name}", "interrupted", "goes on where it stopped")
         else:
-            yield Finding(f"stage {name}", "to do")
+            yield Finding(f"stage {name}", "not made yet", "stage=all makes it")
 
 
 main = command("train", doctor, checked=False)

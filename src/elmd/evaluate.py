@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def evaluate(cfg: Config, accelerator: Accelerator) -> None:
     if cfg.predictions is not None:
         if accelerator.is_main_process:
-            score_file(Path(cfg.predictions), experiment_folder(cfg))
+            score_file(Path(cfg.predictions), Path(cfg.runs_dir) / "experiments")
         return
 
     from elmd.data.samples import load_samples
@@ -48,14 +48,32 @@ def evaluate(cfg: Config, accelerator: Accelerator) -> None:
     link = folder / PREDICTIONS
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(made / PREDICTIONS, folder))
-    write_scores({name: read_predictions(made / PREDICTIONS)}, responses, folder, about)
+    predictions = read_predictions(made / PREDICTIONS)
+    write_scores({name: predictions}, responses, folder, about)
+    table(
+        f"The first of them; all are in {link}",
+        ["utterance", "demonstration", "reply by ELMD", "emotion", "gold reply", "emotion"],
+        [
+            (
+                str(p.extra["prompt"]["utterance"]).strip(),
+                p.demonstration,
+                p.hypothesis,
+                p.predicted_emotion,
+                p.reference,
+                p.gold_emotion,
+            )
+            for p in predictions[:5]
+        ],
+    )
+    print(f"artifact: {folder}", flush=True)
 
 
 def score_file(path: Path, folder: Path) -> None:
-    """Score one predictions file; the floors that need a training split are left out."""
+    """Score one predictions file into a folder of its name; the floors that need a training split are left out."""
     from elmd.evaluation.score import read_predictions
 
     write_scores({path.stem: read_predictions(path)}, None, folder / path.stem, {"predictions": path.name})
+    print(f"artifact: {folder / path.stem}", flush=True)
 
 
 def write_scores(systems: dict[str, Any], responses: list[str] | None, folder: Path, about: dict[str, Any]) -> None:
@@ -74,7 +92,6 @@ def write_scores(systems: dict[str, Any], responses: list[str] | None, folder: P
         if columns:
             table(f"{group} ({scores['n']} samples)", columns, cells)
     logger.info("written: %s", ", ".join(str(path) for path in (folder / "scores.json", *written)))
-    print(f"artifact: {folder}", flush=True)
 
 
 NOTES = (

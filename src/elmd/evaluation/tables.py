@@ -143,7 +143,8 @@ def write_tables(
 def _metrics(scores: Scores, group: str) -> list[str]:
     """Names of a group's plain scores, in the order of the system that has most of them."""
     found = sorted((one[group] for one in scores.values() if group in one), key=len, reverse=True)
-    return list(dict.fromkeys(name for one in found for name, value in one.items() if not isinstance(value, dict)))
+    names = dict.fromkeys(name for one in found for name, value in one.items() if not isinstance(value, dict))
+    return [name for name in names if name != "n"]  # every table opens with n
 
 
 def _cell(one: Mapping[str, Any], group: str, name: str) -> str:

@@ -88,7 +88,7 @@ def run(cfg: Config, job: Job) -> Outcome:
         weight_decay=cfg.erm.weight_decay,
         max_grad_norm=cfg.erm.max_grad_norm,
     )
-    progress = fit(task, plan, job.folder, job.accelerator, "erm")
+    progress = fit(task, plan, job.folder, job.accelerator, "ERM")
     trained = {split: scores(model, splits["train"], queries) for split, queries in tested.items()}
 
     # 3. Keep the retriever; the loop's own files of the same weights are of no more use.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elmd.config import Config, plain
-from elmd.data.prompts import Prompt
+from elmd.data.prompts import SLOTS, Prompt
 from elmd.evaluation.score import Prediction, write_predictions
 from elmd.log import table
 from elmd.models.elmd import Elmd
@@ -46,6 +46,7 @@ def run(cfg: Config, job: Job) -> Outcome:
             unnamed += emotion is None
             unfinished += len(new) == cfg.generate.max_new_tokens
             demonstrations = parts.demonstrations.get(sample.id, [])
+            parts_of_prompt = prompt.parts(sample, demonstrations, "eerg", video=row.slots > 0)
             predictions.append(
                 Prediction(
                     id=sample.id,
@@ -56,7 +57,7 @@ def run(cfg: Config, job: Job) -> Outcome:
                     predicted_emotion=emotion,
                     seed=seed,
                     tags=sample.utterance.tags,
-                    extra={"prompt": prompt.parts(sample, demonstrations, "eerg", video=row.slots > 0)},
+                    extra={"prompt": {part: text.replace(SLOTS, "<video>") for part, text in parts_of_prompt.items()}},
                 )
             )
     if job.accelerator.is_main_process:

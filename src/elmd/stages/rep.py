@@ -98,7 +98,8 @@ def _finish(model: Elmd, parts: Parts, cfg: Config, job: Job) -> Outcome:
         (job.folder / "model.safetensors").unlink()  # the same tensors, in the loop's naming
         write_json(job.folder / "rep.json", results)
         labels = [emotion.value for emotion in EMOTIONS]
-        confusion(results["test/projector"]["confusion"]["counts"], labels, job.folder / "confusion.png")
+        counts = results["test/projector"]["confusion"]["counts"]
+        confusion(counts, labels, job.folder / "confusion.png", title="REP, test: emotion of the response")
     table("REP: response emotion", ["", "n", "accuracy", "weighted F1", "majority class"], rows)
     best = results["test/projector"]
     return Outcome(

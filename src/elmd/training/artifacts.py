@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class Store:
         partial, folder = self.partial(stage, fingerprint), self.folder(stage, fingerprint)
         write_json(partial / MANIFEST, manifest)
         partial.rename(folder)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing is left to resume
         return folder
 
     def set_aside(self, stage: str, fingerprint: str) -> Path | None:
@@ -116,9 +117,9 @@ class Store:
         finally:
             path.unlink(missing_ok=True)
             os.close(handle)
-            for folder in (path.parent, self.root):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+            with suppress(OSError):  # in use by another job, or removed by it
+                path.parent.rmdir()
+                self.root.rmdir()
 
     def content(self, path: Path) -> Any:
         """What a file or folder holds, as a JSON-ready value: sizes and SHA-256 by name; a hub id stands for itself.

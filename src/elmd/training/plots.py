@@ -22,11 +22,20 @@ def curves(metrics: Path, out: Path, *, title: str) -> None:
                 steps, values = series.setdefault(key, ([], []))
                 steps.append(entry["step"])
                 values.append(value)
+    columns = min(4, max(1, len(series)))
+    rows = -(-max(1, len(series)) // columns)
     figure, axes = pyplot.subplots(
-        1, max(1, len(series)), figsize=(3.6 * max(1, len(series)), 2.8), squeeze=False, constrained_layout=True
+        rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False, constrained_layout=True
     )
-    for axis, (key, (steps, values)) in zip(axes[0], series.items(), strict=False):
-        axis.plot(steps, values, marker="o" if len(steps) < 20 else None, markersize=3)
+    for axis in axes.flat[len(series) :]:
+        axis.set_visible(False)
+    for axis, (key, (steps, values)) in zip(axes.flat, series.items(), strict=False):
+        few = len(steps) < 40
+        axis.plot(steps, values, marker="o" if few else None, markersize=3, alpha=1 if few else 0.3)
+        if not few:  # the loss of single batches is noise; its running mean is what people look for
+            window = max(2, len(values) // 20)
+            means = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+            axis.plot(steps, means)
         axis.set_title(key, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
@@ -35,7 +44,7 @@ def curves(metrics: Path, out: Path, *, title: str) -> None:
     pyplot.close(figure)
 
 
-def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], out: Path) -> None:
+def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], out: Path, *, title: str) -> None:
     """Draw a confusion matrix (rows gold, columns predicted), shaded by row share; further columns are left out."""
     import matplotlib
 
@@ -50,6 +59,7 @@ def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str], out: Path)
     axis.set_yticks(range(size), labels, fontsize=8)
     axis.set_xlabel("predicted")
     axis.set_ylabel("gold")
+    axis.set_title(f"{title}\ncounts; shade: share of the row", fontsize=9)
     for i in range(size):
         for j in range(size):
             dark = shares[i][j] > 0.5
