@@ -18,11 +18,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## the whole method on the tiny world: train every stage, generate, score (about 10 minutes on 2 cores)
+demo: $(READY)  ## the whole method on the tiny world: train every stage, generate, score (about 5 minutes on 2 cores)
 	$(BIN)/python -m elmd.train experiment=demo
 	$(BIN)/python -m elmd.evaluate experiment=demo
 
-claims: $(READY)  ## the claims of docs/results.md: 3 seeds, the full model and five ablations (up to 2 hours, resumable)
+claims: $(READY)  ## the claims of docs/results.md: 3 seeds, the full model and five ablations (about an hour, resumable)
 	$(BIN)/python -m elmd.train -m experiment=demo_claims
 	$(BIN)/python -m elmd.train -m experiment=demo_claims stage=rep ablation=none vision.shuffle=true
 	$(BIN)/python -m elmd.evaluate -m experiment=demo_claims
