@@ -23,7 +23,7 @@ from elmd.evaluation.significance import (
 from elmd.labels import EMOTIONS, Emotion
 from elmd.metrics import text
 from elmd.metrics.emotion import confusion_matrix, emotion_scores
-from elmd.metrics.retrieval import match_scores, ranked_match_scores
+from elmd.metrics.retrieval import match_scores
 
 WORDS = [*"我你好不了啊吗呢，。？！", "今天", "明天", "高兴", "难过", "怎么", "好的", "谢谢", "OK"]
 
@@ -329,11 +329,6 @@ def test_match_scores_equal_slow_loop(ties: bool, monkeypatch: pytest.MonkeyPatc
         assert scores["mrr"] == pytest.approx(mrr)
         assert scores["chance"] == pytest.approx(chance)
     assert scores["match@100"] == pytest.approx(scores["chance"])
-    ranked = [
-        [str(c) for c in sorted(range(candidates), key=lambda c: -sim[q, c]) if dc[c] != dq[q]] for q in range(queries)
-    ]
-    from_ids = ranked_match_scores(ranked, lq, {str(c): label for c, label in enumerate(lc)}, ks=(1, 5))
-    assert from_ids == pytest.approx({name: scores[name] for name in from_ids})
 
 
 def test_own_dialogue_is_left_out_and_lonely_queries_are_counted() -> None:

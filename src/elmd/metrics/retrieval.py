@@ -7,7 +7,7 @@ candidate with that label, 0 where there is none. Equal similarities keep the or
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,29 +68,6 @@ def match_scores(
     if not n:
         raise ValueError("no query has a candidate outside its own dialogue")
     return {name: float(total / n) for name, total in totals.items()} | {"n": n, "skipped": shape[0] - n}
-
-
-def ranked_match_scores(
-    ranked: Sequence[Sequence[str]],
-    query_labels: Sequence[Hashable],
-    labels: Mapping[str, Hashable],
-    ks: Sequence[int] = KS,
-) -> dict[str, float | int]:
-    """The same from ranked candidate ids, nearest first, the query's own dialogue already left out.
-
-    MRR sees no further than each list reaches. There is no `chance`: the lists do not tell what was not retrieved.
-
-    Raises:
-        ValueError: no query has a candidate.
-        KeyError: an id without a label.
-    """
-    found = [[labels[id_] == label for id_ in ids] for ids, label in zip(ranked, query_labels, strict=True)]
-    scored = [hits for hits in found if hits]
-    if not scored:
-        raise ValueError("no query has a ranked candidate")
-    result: dict[str, float | int] = {f"match@{k}": float(np.mean([np.mean(hits[:k]) for hits in scored])) for k in ks}
-    result["mrr"] = float(np.mean([1 / (hits.index(True) + 1) if True in hits else 0.0 for hits in scored]))
-    return result | {"n": len(scored), "skipped": len(found) - len(scored)}
 
 
 def _codes(first: Sequence[Hashable], second: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
