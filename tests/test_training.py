@@ -19,7 +19,7 @@ from torch import nn
 
 from elmd.errors import ArtifactError, CheckpointError, TrainingError
 from elmd.training import checkpoint
-from elmd.training.artifacts import Store, digest, read_manifest
+from elmd.training.artifacts import BEST, Store, digest, read_manifest
 from elmd.training.loop import Plan, fit, rate
 
 SCRIPT = Path(__file__).with_name("fit_script.py")
@@ -56,7 +56,7 @@ def test_resume_is_exact(llm_folder: Path, whole: Path, tmp_path: Path, stop: st
     kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-????????"))
     assert len(kept) == (0 if stop in ("kill=step:2", "kill=checkpoint:1") else 1), "one whole checkpoint at most"
     assert train(llm_folder, tmp_path, 12) == 0
-    assert (tmp_path / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (tmp_path / BEST).read_bytes() == (whole / BEST).read_bytes()
     for name in ("model", "optimizer"):
         last = f"checkpoints/step-00000012/{name}.safetensors"
         assert (tmp_path / last).read_bytes() == (whole / last).read_bytes()
@@ -70,16 +70,16 @@ def test_resume_is_exact(llm_folder: Path, whole: Path, tmp_path: Path, stop: st
 
 def test_the_loop_leaves_what_it_promises(whole: Path) -> None:
     assert {p.name for p in whole.iterdir()} == {
+        BEST,
         "checkpoints",
         "curves.png",
         "events",
         "metrics.jsonl",
-        "model.safetensors",
     }
     entries = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if "loss" in e] == list(range(1, 13))
     assert [e["step"] for e in entries if "valid/loss" in e] == [0, 4, 8, 12]
-    names = {name.split(".")[0] for name in load_file(whole / "model.safetensors")}
+    names = {name.split(".")[0] for name in load_file(whole / BEST)}
     assert names == {"prefix", "projector"}
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
 

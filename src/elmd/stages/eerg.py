@@ -75,7 +75,6 @@ def run(cfg: Config, job: Job) -> Outcome:
     if job.accelerator.is_main_process:
         parts.encoder.prompt.save(job.folder / "prompt.json")
         model.save(job.folder)
-        (job.folder / "model.safetensors").unlink()  # the same tensors, in the loop's naming
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in trained.items()}
     frozen = sum(p.numel() for p in parts.llm.parameters())
     table(

@@ -91,14 +91,12 @@ def run(cfg: Config, job: Job) -> Outcome:
     progress = fit(task, plan, job.folder, job.accelerator, "ERM")
     trained = {split: scores(model, splits["train"], queries) for split, queries in tested.items()}
 
-    # 3. Keep the retriever; the loop's own files of the same weights are of no more use.
+    # 3. Keep the retriever.
     if job.accelerator.is_main_process:
         new = job.folder / "model.new"
         shutil.rmtree(new, ignore_errors=True)
         model.save_pretrained(str(new), create_model_card=False)
         replace_folder(new, job.folder / "model")
-        shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
-        (job.folder / "model.safetensors").unlink()
 
     # 4. Say what came out.
     matches = {

@@ -95,7 +95,6 @@ def _finish(model: Elmd, parts: Parts, cfg: Config, job: Job) -> Outcome:
     if job.accelerator.is_main_process:
         parts.encoder.prompt.save(job.folder / "prompt.json")
         model.save(job.folder)
-        (job.folder / "model.safetensors").unlink()  # the same tensors, in the loop's naming
         write_json(job.folder / "rep.json", results)
         labels = [emotion.value for emotion in EMOTIONS]
         counts = results["test/projector"]["confusion"]["counts"]

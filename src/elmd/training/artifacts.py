@@ -22,6 +22,9 @@ from elmd.log import logger
 
 MANIFEST = "manifest.json"
 
+#: What a training keeps in its work-in-progress folder to resume from.
+CHECKPOINTS, BEST = "checkpoints", "best.safetensors"
+
 #: Files from this size on (bytes) have their hash remembered by modification time; smaller ones are just read.
 _REMEMBER = 64 * 2**20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -69,7 +72,8 @@ class Store:
         partial, folder = self.partial(stage, fingerprint), self.folder(stage, fingerprint)
         write_json(partial / MANIFEST, manifest)
         partial.rename(folder)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nothing is left to resume
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # nothing is left to resume
+        (folder / BEST).unlink(missing_ok=True)
         return folder
 
     def set_aside(self, stage: str, fingerprint: str) -> Path | None:

@@ -2,7 +2,9 @@
 
 `checkpoints/step-00000200/` holds `model.safetensors`, `optimizer.safetensors` and `state.json`. It is written under
 another name and renamed when complete, and the one before is removed only then: whenever the process is killed, a
-whole checkpoint is there. Random numbers are a function of seed, step and rank (see `loop`), so none are saved.
+whole checkpoint is there. `best.safetensors` beside it is the best model so far. Both go when the stage's result is
+finished, and not before, so a run killed at its very end still resumes. Random numbers are a function of seed, step and
+rank (see `loop`), so none are saved.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def save(folder: Path, step: int, modules: Modules, optimizer: torch.optim.Optim
     final = folder / f"step-{step:08d}"
     shutil.rmtree(final, ignore_errors=True)
     new.rename(final)
-    for old in folder.iterdir():
+    for old in folder.glob("step-*"):
         if old.name != final.name:
             shutil.rmtree(old)
 

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from elmd.errors import TrainingError
 from elmd.log import is_main, logger
 from elmd.training import checkpoint
+from elmd.training.artifacts import BEST, CHECKPOINTS
 from elmd.training.plots import curves
 
 Batch = Sequence[int]
@@ -109,8 +110,8 @@ def rate(step: int, plan: Plan) -> float:
 def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: str) -> Progress:
     """Train `task` by `plan`; continues from the newest checkpoint in `folder`.
 
-    Leaves `model.safetensors` (what trains, at its best step), `metrics.jsonl`, TensorBoard events and `curves.png` in
-    `folder`, and the best weights in the task's modules.
+    Leaves `metrics.jsonl`, TensorBoard events and `curves.png` in `folder`, and the best weights in the task's modules;
+    checkpoints and `best.safetensors` stay until the stage's result is finished.
 
     Raises:
         TrainingError: the loss is zero or not finite.
@@ -123,7 +124,7 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
         [{"params": group, "lr": plan.rates[name]} for name, group in trained.items()], weight_decay=plan.weight_decay
     )
 
-    saved = checkpoint.load_latest(folder / "checkpoints", task.modules, optimizer)
+    saved = checkpoint.load_latest(folder / CHECKPOINTS, task.modules, optimizer)
     progress = Progress(**saved) if saved else Progress()
     if saved:
         logger.info("%s: going on from the checkpoint of step %d of %d", what, progress.step, plan.steps)
@@ -192,7 +193,7 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
             started = time.perf_counter()
         stopping = total[2].item() > 0
         if is_main() and (stopping or progress.step % plan.checkpoint_every == 0):
-            checkpoint.save(folder / "checkpoints", progress.step, task.modules, optimizer, vars(progress))
+            checkpoint.save(folder / CHECKPOINTS, progress.step, task.modules, optimizer, vars(progress))
         if stopping:
             logger.warning("%s: stopped by a signal at step %d; run the same command to go on", what, progress.step)
             raise SystemExit(143)
@@ -200,7 +201,7 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
     bar.close()
     stop.restore()
     accelerator.wait_for_everyone()
-    checkpoint.load_tensors(folder / "model.safetensors", task.modules)
+    checkpoint.load_tensors(folder / BEST, task.modules)
     if journal:
         journal.close()
         curves(folder / "metrics.jsonl", folder / "curves.png", title=what)
@@ -246,7 +247,7 @@ def _stream(task: Task, start: int) -> Iterator[tuple[int, Batch]]:
 
 
 def _evaluate(task: Task, plan: Plan, progress: Progress, folder: Path, journal: Journal | None) -> None:
-    """Evaluate; write the trained tensors to `model.safetensors` if they are the best so far."""
+    """Evaluate; write the trained tensors to `best.safetensors` if they are the best so far."""
     metrics = task.evaluate()
     value = metrics[plan.select]
     progress.history.append({"step": progress.step, **metrics})
@@ -254,7 +255,7 @@ def _evaluate(task: Task, plan: Plan, progress: Progress, folder: Path, journal:
     if better:
         progress.best, progress.best_step = value, progress.step
         if is_main():
-            checkpoint.save_tensors(folder / "model.safetensors", checkpoint.tensors(task.modules))
+            checkpoint.save_tensors(folder / BEST, checkpoint.tensors(task.modules))
     if journal:
         journal.write(progress.step, {f"valid/{key}": number for key, number in metrics.items()})
         shown = "  ".join(f"{key} {number:.4g}" for key, number in metrics.items())
