@@ -1,6 +1,6 @@
 """`python -m elmd.train` that kills itself with SIGKILL at a chosen point; run by test_chain.py.
 
-python killed_train.py step:N|checkpoint:N OVERRIDES…
+python killed_train.py step:N|checkpoint:N|finish:1 OVERRIDES…
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import signal
 
 from elmd.train import main
 from elmd.training import checkpoint, loop
+from elmd.training.artifacts import Store
 
 what, at = os.environ["KILL_AT"].split(":")
 count = 0
@@ -30,6 +31,12 @@ if what == "step":
         reduce(*arguments)
 
     loop.reduce_gradients = reduce_or_die
+elif what == "finish":
+
+    def die(*arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Store.finish = die
 else:
     save = checkpoint.save_tensors
 

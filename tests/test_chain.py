@@ -163,6 +163,19 @@ def test_a_killed_stage_resumes_exactly(runs: Path, chain: dict[str, Path], stag
         assert all((first[name] == second[name]).all() for name in first)
 
 
+@pytest.mark.parametrize("stage", ["erm", "rep", "eerg"])
+def test_a_stage_killed_at_its_very_end_resumes(runs: Path, chain: dict[str, Path], stage: str, tmp_path: Path) -> None:
+    again = tmp_path / "runs"
+    shutil.copytree(runs, again, ignore=shutil.ignore_patterns(stage, "experiments"))
+    script = str(Path(__file__).with_name("killed_train.py"))
+    run(again, f"stage={stage}", module=script, code=-9, kill_at="finish:1")
+    found = artifacts(run(again, f"stage={stage}"))[stage]
+    weights = "model/model.safetensors" if stage == "erm" else "projector.safetensors"
+    first, second = load_file(chain[stage] / weights), load_file(found / weights)
+    assert all((first[name] == second[name]).all() for name in first)
+    assert not any((found / name).exists() for name in ("checkpoints", "best.safetensors"))
+
+
 def test_a_missing_upstream_names_the_command(tmp_path: Path) -> None:
     done = run(tmp_path / "runs", "stage=eerg", code=1)
     assert "which has not been made for this configuration" in done.stderr
