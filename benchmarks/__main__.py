@@ -25,9 +25,9 @@ from elmd.data.collate import IGNORED
 from elmd.data.encode import Encoded
 from elmd.data.examples import Examples
 from elmd.losses import emotion_loss, separation_loss
+from elmd.models.adapter import Prefix
 from elmd.models.elmd import Elmd
 from elmd.models.llm import freeze
-from elmd.models.prefix import Prefix
 from elmd.models.projector import Projector
 from elmd.training.tokens import TokenTask
 

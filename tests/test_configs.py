@@ -112,7 +112,7 @@ def test_values_of_the_paper_stand_in_the_paper_presets() -> None:
     cfg = compose(["experiment=table2_m3ed", *GIVEN])
     assert (cfg.erm.slots, cfg.erm.lr, cfg.erm.batch_size, cfg.erm.temperature) == (4, 5e-5, 32, 0.5)  # §4.3
     assert (cfg.rep.batch_size, cfg.rep.lr) == (16, 2e-5)
-    assert (cfg.eerg.batch_size, cfg.eerg.lr_prefix, cfg.eerg.lr_projector) == (16, 2e-2, 2e-2)
+    assert (cfg.eerg.batch_size, cfg.eerg.lr_adapter, cfg.eerg.lr_projector) == (16, 2e-2, 2e-2)
     assert (cfg.generate.top_p, cfg.generate.temperature) == (0.7, 0.95)
     assert (cfg.retriever.k, cfg.retriever.key, cfg.retriever.allow_same_dialogue) == (1, Key.E_s, False)
     assert (cfg.eerg.steps, cfg.eerg.prefix_length, cfg.vision.frames) == (3000, 128, 8)

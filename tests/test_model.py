@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.nn import functional as F
-from transformers import DynamicCache
 
 from conftest import make_demonstrations, make_samples
 from elmd.data.collate import IGNORED, collate, pack
@@ -20,14 +18,15 @@ from elmd.data.examples import Examples, shuffled
 from elmd.data.prompts import SLOTS, Prompt
 from elmd.errors import CheckpointError, ConfigError
 from elmd.labels import EMOTIONS, WORDS, Emotion
+from elmd.models.adapter import Prefix
 from elmd.models.elmd import Elmd
 from elmd.models.inference import generate, greedy, nucleus, predict_emotions
 from elmd.models.llm import load_llm
-from elmd.models.prefix import Prefix
 from elmd.models.projector import Projector
 from elmd.training import checkpoint
 from elmd.training.loop import Plan, fit
 from elmd.training.tokens import TokenTask, token_loss
+from oracle import slow_loss, slow_reply
 
 PROMPT = Prompt(
     instruction="{task}\n", background="{background}\n", turn="{speaker}：{text}\n", utterance="{speaker}：{text}\n",
@@ -57,36 +56,13 @@ def examples(encoder: Encoder, task: str = "eerg", *, with_target: bool = True, 
     return Examples(samples, encoder, make_demonstrations(SAMPLES), VISUAL.get, task, with_target=with_target)
 
 
-def slow_logits(model: Elmd, row: Encoded, visual: torch.Tensor | None) -> torch.Tensor:
-    """Logits [L, vocabulary] of one sample without padding, from the definition: embed piece by piece, run it all."""
-    embed = model.llm.get_input_embeddings()
-    pieces = [embed(torch.tensor(row.before, dtype=torch.long))]
-    if visual is not None:
-        pieces.append(model.projector.linear(visual))
-    pieces += [embed(torch.tensor(ids, dtype=torch.long)) for ids in (row.after, row.target)]
-    embeddings = torch.cat(pieces)[None]
-    length = embeddings.shape[1]
-    cache = None
-    if model.prefix is not None:
-        p, config = model.prefix.length, model.llm.config
-        shape = (p, config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
-        table = model.prefix.table.embedding.weight.view(shape)
-        cache = DynamicCache([(table[None, :, i, 0].transpose(1, 2), table[None, :, i, 1].transpose(1, 2))
-                              for i in range(config.num_hidden_layers)])  # fmt: skip
-    return model.llm(
-        inputs_embeds=embeddings, position_ids=torch.arange(length)[None], past_key_values=cache, use_cache=True
-    ).logits[0]
-
-
 @pytest.mark.parametrize("prefix", [0, 4])
 def test_loss_equals_the_slow_sum_over_unpadded_samples(llm, encoder, prefix: int) -> None:
     model, data = build(llm, prefix=prefix), examples(encoder)
     everything = list(range(len(data)))
     found = model.loss(data.batch(everything))
     for i in everything:
-        row, logits = data.rows[i], slow_logits(model, data.rows[i], VISUAL[SAMPLES[i].id])
-        n = len(row.target)
-        slow = F.cross_entropy(logits[-n - 1 : -1], torch.tensor(row.target), reduction="sum")
+        slow = slow_loss(model, data.rows[i], VISUAL[SAMPLES[i].id])
         assert found[i].item() == pytest.approx(slow.item(), rel=2e-5)
 
 
@@ -96,9 +72,7 @@ def test_gradients_of_prefix_and_projector_equal_the_slow_ones(llm, encoder) -> 
     fast = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
     for i in (0, 1, 4):
-        n = len(data.rows[i].target)
-        logits = slow_logits(model, data.rows[i], VISUAL[SAMPLES[i].id])
-        F.cross_entropy(logits[-n - 1 : -1], torch.tensor(data.rows[i].target), reduction="sum").backward()
+        slow_loss(model, data.rows[i], VISUAL[SAMPLES[i].id]).backward()
     slow = [p.grad for p in model.parameters() if p.requires_grad]
     assert len(fast) == len(slow) == 3  # table, weight, bias: nothing of the language model
     for a, b in zip(fast, slow, strict=True):
@@ -118,11 +92,15 @@ def test_labels_are_exactly_the_target_and_eos(encoder) -> None:
             for _ in range(draw.randrange(1, 5))
         ]
         visual = [torch.full((row.slots, 2), float(i)) if row.slots else None for i, row in enumerate(rows)]
-        batch = collate(rows, visual)
+        split = draw.random() < 0.5
+        batch = collate(rows, visual, split=split)
+        assert not batch.slots[:, : batch.free].any()
+        assert (batch.free > 0) <= split
         for i, row in enumerate(rows):
             real = batch.mask[i]
             assert real.sum() == row.length, trial
-            assert not real[: len(real) - row.length].any(), "padding is on the left"
+            for part in (real[: batch.free], real[batch.free :]):
+                assert part.tolist() == sorted(part.tolist()), "padding is on the left of each part"
             assert batch.labels[i][batch.labels[i] != IGNORED].tolist() == row.target
             assert batch.labels[i, len(real) - len(row.target) :].tolist() == row.target
             words = [*row.before, *[0] * row.slots, *row.after, *row.target]
@@ -215,15 +193,7 @@ def test_generation_equals_recomputing_each_token(llm, encoder) -> None:
     model, data = build(llm), examples(encoder, with_target=False)
     for i in (0, 3, 5):
         fast = model.generate(data.batch([i]), greedy, eos=2, max_new_tokens=8)[0]
-        slow: list[int] = []
-        while len(slow) < 8:
-            row = data.rows[i]
-            row = Encoded(row.before, row.slots, row.after, slow)
-            token = slow_logits(model, row, VISUAL[SAMPLES[i].id])[-1].argmax().item()
-            if token == 2:
-                break
-            slow.append(token)
-        assert fast == slow
+        assert fast == slow_reply(model, data.rows[i], VISUAL[SAMPLES[i].id], 2, 8)
 
 
 def test_nucleus_draws_from_the_kept_tokens_in_proportion() -> None:
@@ -260,7 +230,7 @@ def test_one_times_eight_equals_eight_times_one(llm, encoder) -> None:
     for budget in (100_000, 1, 200):
         model, data = build(llm), examples(encoder)
         task = TokenTask(
-            model, {"prefix": model.prefix, "projector": model.projector}, data, Accelerator(cpu=True),
+            model, {"adapter": model.adapter, "projector": model.projector}, data, Accelerator(cpu=True),
             batch_size=8, micro_tokens=budget, seed=0, evaluate=dict,
         )  # fmt: skip
         batch = task.batches(0)[0]
@@ -310,7 +280,7 @@ def test_saved_parts_alone_give_identical_outputs(llm, encoder, tmp_path: Path) 
     again = Elmd.load(tmp_path, llm[0]).eval()
     batch = data.batch([0, 3, 5])
     assert torch.equal(model(batch, keep=3).logits, again(batch, keep=3).logits)
-    with pytest.raises(CheckpointError, match="holds neither a projector nor a prefix"):
+    with pytest.raises(CheckpointError, match="holds neither a projector nor an adapter"):
         Elmd.load(tmp_path / "nothing", llm[0])
 
 

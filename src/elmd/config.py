@@ -74,6 +74,20 @@ class ProjectorInit(StrEnum):
     random = "random"
 
 
+class Checkpointing(StrEnum):
+    """Activation checkpointing; not `on` and `off`, which YAML reads as booleans."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class AdapterKind(StrEnum):
+    prefix = "prefix"
+    lora = "lora"
+    none = "none"
+
+
 class SelectionSplit(StrEnum):
     """Splits a choice may be made on. `test` is not among them, so choosing by it cannot be written down."""
 
@@ -123,7 +137,8 @@ class LlmConfig:
     name: str = MISSING
     path: str | None = None
     dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on CPU
-    attention: str = "sdpa"
+    attention: str = "sdpa"  # or eager, flash_attention_2 (a package of its own)
+    checkpointing: Checkpointing = Checkpointing.auto  # auto: only where the activations would not fit
 
 
 @dataclass
@@ -188,6 +203,7 @@ class ErmConfig:
 
 @dataclass
 class RepConfig:
+    projector_from: str | None = None  # a projector's file, such as VisualGLM's own glm_proj, converted; None: random
     epochs: int = 3
     batch_size: int = 16  # §4.3
     lr: float = 2e-5  # §4.3
@@ -203,11 +219,15 @@ class RepConfig:
 class EergConfig:
     steps: int = 3000  # ChatGLM2's own p-tuning
     batch_size: int = 16  # §4.3
-    lr_prefix: float = 2e-2  # §4.3
+    adapter: AdapterKind = AdapterKind.prefix  # §4.3: P-tuning of the language model; lora and none are ours
+    lr_adapter: float = 2e-2  # §4.3
     lr_projector: float = 2e-2  # §4.3 (preset `paper`; preset `safe` has 2e-5)
     projector_from: ProjectorInit = ProjectorInit.rep
     prefix_length: int = 128
     prefix_dropout: float = 0.1
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
     warmup: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -324,6 +344,12 @@ def check(cfg: Config) -> None:
             "E_s is the output of self-separation, which erm.separation_weight=0 leaves untrained",
             where="retriever.key",
             fix="set retriever.key=e_u, as ablation=no_ssc does",
+        )
+    if cfg.eerg.adapter is AdapterKind.none and not cfg.sees_video:
+        raise ConfigError(
+            "without an adapter and without video there is nothing to train",
+            where="eerg.adapter, vision",
+            fix="set eerg.adapter=prefix or lora, or choose a vision=… that sees video",
         )
     if not 0 < cfg.generate.top_p <= 1:
         raise ConfigError(

@@ -5,7 +5,11 @@
     [5]           0       [7]    [9]        ->    - - - - 5 7 9     . . . . . . 9
 
 On the left, the targets of all rows end in the last column, so the logits of the last columns are all that a loss
-needs (`Batch.keep`).
+needs (`Batch.keep`). With `split`, what lies before the slots and the rest are padded apart, so that one column parts
+them in all rows (`Batch.free`); mask and positions make the hole harmless:
+
+                                                  5 6 . . 7 8 9
+                                                  - 5 - - - 7 9    free = 2
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ class Batch:
         labels: [B, L] long, `IGNORED` but at target tokens.
         visual: [number of slots, q] features in row order, or None where no row has slots.
         keep: how many of the last columns carry targets.
+        free: no visual token stands in so many first columns.
     """
 
     ids: Tensor
@@ -43,6 +48,7 @@ class Batch:
     labels: Tensor
     visual: Tensor | None
     keep: int
+    free: int = 0
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
@@ -51,20 +57,26 @@ class Batch:
         return replace(self, **moved)
 
 
-def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None]) -> Batch:
-    """Pad rows to one length; `visual` holds each row's features [V, q], None for a row without slots."""
-    length = max(row.length for row in rows)
+def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None], *, split: bool = False) -> Batch:
+    """Pad rows to one length.
+
+    Args:
+        visual: each row's features [V, q], None for a row without slots.
+        split: part the columns before the slots from the others.
+    """
+    # The token before a target predicts its first one, so it is never parted from it.
+    cuts = [min(len(row.before), row.length - len(row.target) - 1) if split else 0 for row in rows]
+    free = max(cuts)
+    length = free + max(row.length - cut for row, cut in zip(rows, cuts, strict=True))
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     slots = torch.zeros(len(rows), length, dtype=torch.bool)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
     labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
-    for i, row in enumerate(rows):
-        mask[i, length - row.length :] = True
-        ids[i, length - row.length :] = torch.tensor(
-            [*row.before, *[0] * row.slots, *row.after, *row.target], dtype=torch.long
-        )
-        first = length - row.length + len(row.before)
-        slots[i, first : first + row.slots] = True
+    for i, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
+        columns = [*range(free - cut, free), *range(length - row.length + cut, length)]
+        mask[i, columns] = True
+        ids[i, columns] = torch.tensor([*row.before, *[0] * row.slots, *row.after, *row.target], dtype=torch.long)
+        slots[i, columns[len(row.before) : len(row.before) + row.slots]] = True
         if row.target:
             labels[i, length - len(row.target) :] = torch.tensor(row.target, dtype=torch.long)
     features = [f for f in visual if f is not None]
@@ -76,6 +88,7 @@ def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None]) -> Batch:
         labels=labels,
         visual=torch.cat(features) if features else None,
         keep=max(len(row.target) for row in rows),
+        free=free,
     )
 
 

@@ -54,8 +54,9 @@ class Examples:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, positions: Sequence[int]) -> Batch:
-        return collate([self.rows[i] for i in positions], [self.features(self.samples[i].id) for i in positions])
+    def batch(self, positions: Sequence[int], *, split: bool = False) -> Batch:
+        rows = [self.rows[i] for i in positions]
+        return collate(rows, [self.features(self.samples[i].id) for i in positions], split=split)
 
     def targets(self, positions: Sequence[int]) -> int:
         """Number of target tokens, EOS included, of the samples at `positions`."""

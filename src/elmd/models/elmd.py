@@ -1,22 +1,25 @@
-"""ELMD itself: frozen language model + visual projector + prefix (Fig. 3).
+"""ELMD itself: frozen language model + visual projector + adapter (Fig. 3).
 
-Shapes: B batch, L tokens, V visual tokens, q vision width, H hidden, P prefix.
+Shapes: B batch, L tokens, V visual tokens, q vision width, H hidden, P virtual tokens of a prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from elmd.data.collate import IGNORED, Batch
 from elmd.errors import CheckpointError
-from elmd.models.prefix import Prefix
+from elmd.models.adapter import Adapter, fixed, load_adapter
 from elmd.models.projector import Projector
 
 PROJECTOR = "projector.safetensors"
@@ -27,14 +30,25 @@ Choose = Callable[[Tensor, int], Tensor]
 
 
 class Elmd(nn.Module):
-    """Splices visual tokens into the prompt's embeddings and runs the language model behind a prefix.
+    """Splices visual tokens into the prompt's embeddings and runs the language model behind an adapter.
 
-    Without a projector it is a text model (w/o V); without a prefix it is REP's model.
+    Without a projector it is a text model (w/o V); without an adapter it is REP's model.
+
+    Args:
+        checkpointing: keep only each layer's input for the backward pass and run the layer again there: about a third
+            more work for a fraction of the memory. Losses and gradients are the same.
     """
 
-    def __init__(self, llm: PreTrainedModel, projector: Projector | None = None, prefix: Prefix | None = None):
+    def __init__(
+        self,
+        llm: PreTrainedModel,
+        projector: Projector | None = None,
+        adapter: Adapter | None = None,
+        *,
+        checkpointing: bool = False,
+    ):
         super().__init__()
-        self.llm, self.projector, self.prefix = llm, projector, prefix
+        self.llm, self.projector, self.adapter, self.checkpointing = llm, projector, adapter, checkpointing
         hidden = llm.get_input_embeddings().embedding_dim
         if projector is not None and projector.linear.out_features != hidden:
             raise CheckpointError(
@@ -46,23 +60,25 @@ class Elmd(nn.Module):
         """The language model stays in eval mode: it is frozen, and its own dropout is no part of the method."""
         super().train(mode)
         self.llm.eval()
+        if self.adapter is not None:
+            self.adapter.train(mode)  # LoRA's dropout lies inside the language model
         return self
 
     def save(self, folder: Path) -> None:
-        """Write what trains and nothing else: `projector.safetensors`, and the prefix in `adapter/`."""
+        """Write what trains and nothing else: `projector.safetensors`, and the adapter in `adapter/`."""
         if self.projector is not None:
             self.projector.save(folder / PROJECTOR)
-        if self.prefix is not None:
-            self.prefix.save(folder / ADAPTER)
+        if self.adapter is not None:
+            self.adapter.save(folder / ADAPTER)
 
     @classmethod
     def load(cls, folder: Path, llm: PreTrainedModel) -> Elmd:
         """A saved model around the language model that it was trained with; each part only where it was saved."""
         projector = Projector.load(folder / PROJECTOR) if (folder / PROJECTOR).is_file() else None
-        prefix = Prefix.load(llm, folder / ADAPTER) if (folder / ADAPTER).is_dir() else None
-        if projector is None and prefix is None:
-            raise CheckpointError("holds neither a projector nor a prefix", where=folder, fix="train it (stage=eerg)")
-        return cls(llm, projector, prefix).to(llm.device)
+        adapter = load_adapter(llm, folder / ADAPTER) if (folder / ADAPTER).is_dir() else None
+        if projector is None and adapter is None:
+            raise CheckpointError("holds neither a projector nor an adapter", where=folder, fix="train it (stage=eerg)")
+        return cls(llm, projector, adapter).to(llm.device)
 
     def embed(self, batch: Batch) -> Tensor:
         """Input embeddings [B, L, H]: words, with E_v (eq. 9) in the slots."""
@@ -76,15 +92,27 @@ class Elmd(nn.Module):
         """The language model's output for a batch, with logits at the last `keep` columns only.
 
         Real tokens have positions from 0 whatever the prefix, as in the original P-Tuning v2 of ChatGLM2.
+
+        Args:
+            cache: whether the output's `past_key_values` are to go on from.
         """
-        return self.llm(
-            inputs_embeds=self.embed(batch),
-            attention_mask=self._mask(batch.mask),
-            position_ids=batch.positions,
-            past_key_values=self._cache(len(batch.ids)),
-            use_cache=cache or self.prefix is not None,
-            logits_to_keep=keep,
-        )
+        embeddings, start = self.embed(batch), 0
+        past = self._virtual(len(batch.ids))
+        if batch.free and self.adapter is None and not cache:
+            start, past = batch.free, self._read(batch, embeddings)
+        elif past is not None and not cache:
+            past = fixed(past)
+        elif cache and past is None:
+            past = DynamicCache()
+        with self._layers():
+            return self.llm(
+                inputs_embeds=embeddings[:, start:],
+                attention_mask=self._mask(batch.mask),
+                position_ids=batch.positions[:, start:],
+                past_key_values=past,
+                use_cache=past is not None,
+                logits_to_keep=keep,
+            )
 
     def loss(self, batch: Batch) -> Tensor:
         """Negative log-likelihood of each row's target tokens, *summed* (eq. 10, 11); [B] float32."""
@@ -159,11 +187,47 @@ class Elmd(nn.Module):
         rows = torch.stack(columns, 1).tolist()
         return [row[: row.index(eos)] if eos in row else row for row in rows]
 
-    def _cache(self, rows: int) -> DynamicCache | None:
-        return None if self.prefix is None else self.prefix.cache(rows)
+    def _virtual(self, rows: int) -> DynamicCache | None:
+        return None if self.adapter is None else self.adapter.cache(rows)
+
+    @torch.no_grad()
+    def _read(self, batch: Batch, embeddings: Tensor) -> DynamicCache:
+        """Keys and values of the first `batch.free` columns.
+
+        The language model is frozen and looks back only, so no gradient of the projector passes through the tokens
+        before the first visual one (REP's causal split): nothing of them is kept but this.
+        """
+        past = DynamicCache()
+        self.llm(
+            inputs_embeds=embeddings[:, : batch.free],
+            attention_mask=self._mask(batch.mask[:, : batch.free]),
+            position_ids=batch.positions[:, : batch.free],
+            past_key_values=past,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return fixed(past)
+
+    @contextmanager
+    def _layers(self) -> Iterator[None]:
+        """Within it, each decoder layer forgets what it computes and computes it again for the backward pass.
+
+        transformers' own checkpointing drops the cache, and with it the prefix, and is off in eval mode.
+        """
+        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
+            yield
+            return
+        layers = self.llm.get_decoder().layers
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward  # the class's own again
 
     def _mask(self, mask: Tensor) -> Tensor:
         """[B, L] -> [B, P + L]: every row sees the whole prefix."""
-        if self.prefix is not None:
-            mask = torch.cat([mask.new_ones(len(mask), self.prefix.length), mask], 1)
+        if self.adapter is not None and self.adapter.length:
+            mask = torch.cat([mask.new_ones(len(mask), self.adapter.length), mask], 1)
         return mask.long()

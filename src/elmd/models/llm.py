@@ -14,7 +14,7 @@ from elmd.errors import CheckpointError
 def load_llm(
     path: str | Path, *, dtype: str = "auto", attention: str = "sdpa", device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, Any]:
-    """The model, frozen and in eval mode, and its tokenizer. Weights are read from safetensors only.
+    """The model, frozen and in eval mode, and its tokenizer. Weights are read from safetensors, straight to the device.
 
     Args:
         path: a folder, or a hub id.
@@ -27,16 +27,17 @@ def load_llm(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=pick_dtype(dtype, device), attn_implementation=attention, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError) as error:
+            path, dtype=pick_dtype(dtype, device), attn_implementation=attention, use_safetensors=True,
+            device_map={"": device},
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError) as error:  # ImportError: flash attention is not installed
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CheckpointError(
             f"cannot be loaded as a language model ({reason})",
             where=path,
             fix="give llm.path a folder that AutoModelForCausalLM loads without remote code, with safetensors weights",
         ) from error
-    return freeze(model).to(device), tokenizer
+    return freeze(model), tokenizer
 
 
 def freeze(model: Any) -> Any:

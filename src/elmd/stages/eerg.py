@@ -1,13 +1,14 @@
-"""Emotion-Enhanced Response Generation (§3.5): prefix and projector learn to write emotion and response."""
+"""Emotion-Enhanced Response Generation (§3.5): adapter and projector learn to write emotion and response."""
 
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
-from elmd.config import Config, ProjectorInit, plain
+from elmd.config import AdapterKind, Config, EergConfig, ProjectorInit, plain
 from elmd.log import table
+from elmd.models.adapter import Adapter, Lora, Prefix
 from elmd.models.elmd import PROJECTOR, Elmd
-from elmd.models.prefix import Prefix
 from elmd.models.projector import Projector
 from elmd.stages.base import Depends, Job, Outcome, Stage
 from elmd.stages.parts import depends_on_parts, load_parts
@@ -24,8 +25,20 @@ def depends(cfg: Config) -> Depends:
     eerg = {key: value for key, value in plain(cfg.eerg).items() if key not in ("micro_tokens", "checkpoint_every")}
     if not cfg.sees_video:
         del eerg["projector_from"], eerg["lr_projector"]
+    others = {AdapterKind.prefix: ("lora_",), AdapterKind.lora: ("prefix_",)}
+    unread = others.get(cfg.eerg.adapter, ("lora_", "prefix_", "lr_adapter"))
+    eerg = {key: value for key, value in eerg.items() if not key.startswith(unread)}
     upstream = ("rep",) if starts_from_rep(cfg) else ()
     return depends_on_parts(cfg) | Depends(config={"eerg": eerg}, upstream=upstream, seed=cfg.seed)
+
+
+def create_adapter(llm: PreTrainedModel, eerg: EergConfig) -> Adapter | None:
+    """A new adapter as the configuration says, None for a projector alone."""
+    if eerg.adapter is AdapterKind.prefix:
+        return Prefix.create(llm, eerg.prefix_length, eerg.prefix_dropout)
+    if eerg.adapter is AdapterKind.lora:
+        return Lora.create(llm, eerg.lora_rank, eerg.lora_alpha, eerg.lora_dropout)
+    return None
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -36,18 +49,21 @@ def run(cfg: Config, job: Job) -> Outcome:
         projector = Projector.load(job.upstream["rep"] / PROJECTOR)
     elif cfg.sees_video:
         projector = Projector(parts.width, parts.hidden)
-    prefix = Prefix.create(parts.llm, cfg.eerg.prefix_length, cfg.eerg.prefix_dropout)
-    model = Elmd(parts.llm, projector, prefix).to(job.accelerator.device)
+    adapter = create_adapter(parts.llm, cfg.eerg)
+    trained: dict[str, torch.nn.Module] = {}
+    if adapter is not None:
+        trained["adapter"] = adapter
+    if projector is not None:
+        trained["projector"] = projector
 
     train = parts.examples(parts.split("train"), "eerg", with_target=True)
     selection = parts.examples(parts.split(cfg.eerg.select_on), "eerg", with_target=True)
+    model = Elmd(parts.llm, projector, adapter).to(job.accelerator.device)
+    model.checkpointing = parts.checkpointing(cfg, model, train, cfg.eerg.batch_size, cfg.eerg.micro_tokens)
 
     def evaluate() -> dict[str, float]:
         return {"loss": token_loss(model, selection, cfg.eerg.micro_tokens, job.accelerator, "validation loss")}
 
-    trained: dict[str, torch.nn.Module] = {"prefix": prefix}
-    if projector is not None:
-        trained["projector"] = projector
     task = TokenTask(
         model,
         trained,
@@ -59,7 +75,7 @@ def run(cfg: Config, job: Job) -> Outcome:
         evaluate=evaluate,
     )
     plan = Plan(
-        rates={"prefix": cfg.eerg.lr_prefix, "projector": cfg.eerg.lr_projector},
+        rates={"adapter": cfg.eerg.lr_adapter, "projector": cfg.eerg.lr_projector},
         steps=cfg.eerg.steps,
         seed=cfg.seed,
         select="loss",
@@ -76,7 +92,7 @@ def run(cfg: Config, job: Job) -> Outcome:
         parts.encoder.prompt.save(job.folder / "prompt.json")
         model.save(job.folder)
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in trained.items()}
-    frozen = sum(p.numel() for p in parts.llm.parameters())
+    frozen = sum(p.numel() for p in parts.llm.parameters() if not p.requires_grad)
     table(
         "EERG: emotion and response",
         ["", "value"],
@@ -87,6 +103,7 @@ def run(cfg: Config, job: Job) -> Outcome:
             ["  at step", done.best_step],
             *([f"parameters trained: {name}", size] for name, size in sizes.items()),
             ["parameters frozen: language model", frozen],
+            ["activation checkpointing", "yes" if model.checkpointing else "no"],
         ],
     )
     return Outcome(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from elmd.config import Config, PromptConfig, plain
+from elmd.config import Checkpointing, Config, PromptConfig, plain
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples, Features, no_features, shuffled
 from elmd.data.features import FeatureStore
@@ -17,7 +17,11 @@ from elmd.data.prompts import Prompt, Task
 from elmd.data.samples import load_samples
 from elmd.errors import ArtifactError
 from elmd.labels import EMOTIONS, WORDS
+from elmd.log import logger
+from elmd.models.adapter import Lora
+from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm
+from elmd.models.memory import needs_checkpointing
 from elmd.retrieval.index import load_demonstrations
 from elmd.stages.base import Depends, Job, checkpoint_path, standin
 from elmd.types import Demonstration, Sample
@@ -63,6 +67,29 @@ class Parts:
     def examples(self, samples: Sequence[Sample], task: Task, *, with_target: bool, video: bool = True) -> Examples:
         features = self.features if video else no_features
         return Examples(samples, self.encoder, self.demonstrations, features, task, with_target=with_target)
+
+    def checkpointing(self, cfg: Config, model: Elmd, train: Examples, batch_size: int, micro_tokens: int) -> bool:
+        """Whether to train with activation checkpointing: as told, or if the largest micro-batch would not fit."""
+        if cfg.llm.checkpointing is not Checkpointing.auto:
+            return cfg.llm.checkpointing is Checkpointing.always
+        longest = max(range(len(train)), key=lambda i: train.lengths[i])
+        length = train.lengths[longest]
+        needed = needs_checkpointing(
+            self.llm.config,
+            device=self.llm.device,
+            dtype=self.llm.dtype,
+            micro_tokens=micro_tokens,
+            rows=min(batch_size, len(train)),
+            length=length,
+            targets=max(len(row.target) for row in train.rows) + 1,
+            trainables=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            virtual=0 if model.adapter is None else model.adapter.length,
+            lora_rank=cfg.eerg.lora_rank if isinstance(model.adapter, Lora) else 0,
+            free_tokens=len(train.rows[longest].before) if model.adapter is None else 0,
+        )
+        if needed:
+            logger.info("activation checkpointing is on: the activations of a micro-batch would not fit")
+        return needed
 
     @property
     def hidden(self) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from elmd.config import Config, plain
 from elmd.data.examples import Examples
-from elmd.errors import ConfigError
+from elmd.errors import ArtifactError, CheckpointError, ConfigError
 from elmd.labels import EMOTIONS
 from elmd.log import table
 from elmd.metrics.emotion import emotion_scores
@@ -32,17 +33,31 @@ def depends(cfg: Config) -> Depends:
             where="stage",
             fix="choose a vision=… that sees video, or go on with stage=eerg",
         )
-    rep = {key: value for key, value in plain(cfg.rep).items() if key not in ("micro_tokens", "checkpoint_every")}
-    return depends_on_parts(cfg) | Depends(config={"rep": rep}, seed=cfg.seed)
+    unread = ("micro_tokens", "checkpoint_every", "projector_from")
+    rep = {key: value for key, value in plain(cfg.rep).items() if key not in unread}
+    files = {"projector": Path(cfg.rep.projector_from)} if cfg.rep.projector_from else {}
+    return depends_on_parts(cfg) | Depends(config={"rep": rep}, files=files, seed=cfg.seed)
 
 
 def run(cfg: Config, job: Job) -> Outcome:
     parts = load_parts(cfg, job)
     torch.manual_seed(cfg.seed)
-    model = Elmd(parts.llm, Projector(parts.width, parts.hidden))
-    model.to(job.accelerator.device)
+    start = cfg.rep.projector_from
+    projector = Projector.load(Path(start)) if start else Projector(parts.width, parts.hidden)
+    if projector.linear.in_features != parts.width:
+        raise CheckpointError(
+            f"reads {projector.linear.in_features} numbers per visual token, and the features have {parts.width}",
+            where=start,
+            fix="take the projector of the vision encoder that made the features",
+        )
+    model = Elmd(parts.llm, projector).to(job.accelerator.device)
 
-    train = parts.examples(parts.split("train"), "rep", with_target=True)
+    # All that trains is the projector, and a sample without a clip never reaches it.
+    seen = [sample for sample in parts.split("train") if parts.features(sample.id) is not None]
+    if not seen:
+        raise ArtifactError("no training sample has a clip to learn from", fix="look at the counts of stage=features")
+    train = parts.examples(seen, "rep", with_target=True)
+    model.checkpointing = parts.checkpointing(cfg, model, train, cfg.rep.batch_size, cfg.rep.micro_tokens)
     select = parts.split(cfg.rep.select_on)
     selection = parts.examples(select, "rep", with_target=False)
 
@@ -75,7 +90,11 @@ def run(cfg: Config, job: Job) -> Outcome:
         max_grad_norm=cfg.rep.max_grad_norm,
     )
     fit(task, plan, job.folder, job.accelerator, "REP")
-    return _finish(model, parts, cfg, job)
+    outcome = _finish(model, parts, cfg, job)
+    free, tokens = sum(len(row.before) for row in train.rows), sum(train.lengths)
+    outcome.metrics["share_of_tokens_without_gradient"] = free / tokens
+    outcome.counts |= {"train": len(seen), "train_without_clip": len(parts.split("train")) - len(seen)}
+    return outcome
 
 
 def _finish(model: Elmd, parts: Parts, cfg: Config, job: Job) -> Outcome:
@@ -134,4 +153,4 @@ def by_tag(samples: Sequence[Sample]) -> dict[str, list[int]]:
     return dict(sorted(found.items()))
 
 
-STAGE = Stage("rep", 1, depends, run)
+STAGE = Stage("rep", 2, depends, run)

@@ -54,7 +54,8 @@ class TokenTask:
         lengths = self.examples.lengths
         share = sorted(batch, key=lambda i: (lengths[i], i))[rank::world]
         for positions in pack(lengths, share, self.micro_tokens):
-            micro = self.examples.batch(positions).to(self.accelerator.device)
+            # Without an adapter only the projector trains, and the tokens before the slots run without gradient.
+            micro = self.examples.batch(positions, split=self.model.adapter is None).to(self.accelerator.device)
             yield self.model.loss(micro).sum(), sum(lengths[i] for i in positions)
 
 
