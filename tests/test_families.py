@@ -187,6 +187,14 @@ def test_a_folder_without_an_adapter_is_refused(folder: Path, tmp_path: Path) ->
         load_adapter(llm, tmp_path)
 
 
+def test_language_models_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"'flash_attention_2' cannot be used here .*; install its"):
+        load_llm(folder, attention="flash_attention_2")
+    (tmp_path / "config.json").write_text('{"model_type": "chatglm", "num_layers": 28}')
+    with pytest.raises(CheckpointError, match=r"is ChatGLM as published, .* convert it once: python"):
+        load_llm(tmp_path)
+
+
 def test_fixed_layers_stay_as_they_are() -> None:
     layer: Any = FixedLayer()
     layer.lazy_initialization(torch.zeros(1), torch.zeros(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from elmd.data.video import squash
 from elmd.errors import CheckpointError
+from elmd.models.convert.visualglm import convert_visualglm
 from elmd.models.vision import CLIP_MEAN, CLIP_STD, VisionEncoder, VisionShape, pool
 
 
@@ -51,78 +53,17 @@ def test_pooling_is_equations_6_to_8(m: int, o: int, q: int) -> None:
 
 # ------------------------------------------------------------------------------------------------- the original
 @pytest.fixture(scope="module")
-def original(shared: Path) -> tuple[VisionShape, dict[str, Tensor], dict[str, Tensor]]:
-    """VisualGLM's tiny reference: shape, weights under our names, and its golden tensors."""
+def original(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """VisualGLM's tiny reference: its encoder, converted, and its golden tensors."""
     folder = shared / "golden" / "visualglm_vision"
-    config = json.loads((folder / "config.json").read_text())
-    vit, former = config["eva_config"], config["qformer_config"]
-    weights = load_file(folder / "model.safetensors")
-    shape = VisionShape(
-        vision_config={
-            "hidden_size": vit["hidden_size"], "intermediate_size": vit["inner_hidden_size"],
-            "num_hidden_layers": vit["num_layers"], "num_attention_heads": vit["num_attention_heads"],
-            "image_size": vit["image_size"][0], "patch_size": vit["patch_size"],
-        },
-        qformer_config={
-            "hidden_size": former["hidden_size"], "num_hidden_layers": former["num_layers"],
-            "intermediate_size": 4 * former["hidden_size"], "num_attention_heads": former["num_attention_heads"],
-        },
-        num_query_tokens=config["image_length"],
-        post_layernorm_eps=1e-5,
-    )  # fmt: skip
-    return shape, native_names(weights, former["num_layers"]), load_file(folder / "golden.safetensors")
+    native = tmp_path_factory.mktemp("visualglm") / "native"
+    convert_visualglm(folder, native)
+    return native, load_file(folder / "golden.safetensors")
 
 
-def native_names(weights: dict[str, Tensor], qformer_layers: int) -> dict[str, Tensor]:
-    """VisualGLM's names -> ours; its post-norm layers each hold the norm that ends the layer before."""
-    vit, former, out = "image_encoder.vit.", "image_encoder.qformer.transformer.", {}
-
-    def move(old: str, *new: str) -> None:
-        for part in ("weight", "bias"):
-            for name, piece in zip(new, weights[f"{old}.{part}"].chunk(len(new)), strict=True):
-                out[f"{name}.{part}"] = piece.contiguous()
-
-    out["vision_model.embeddings.class_embedding"] = weights[f"{vit}transformer.word_embeddings.weight"][None]
-    out["vision_model.embeddings.position_embedding"] = weights[f"{vit}transformer.position_embeddings.weight"][None]
-    out["query_tokens"] = weights[f"{former}word_embeddings.weight"][None]
-    move(f"{vit}mixins.patch_embedding.proj", "vision_model.embeddings.patch_embedding")
-    move(f"{vit}mixins.cls.ln_vision", "vision_model.post_layernorm")
-    for i in range(sum(k.startswith(f"{vit}transformer.layers.") and k.endswith("dense.weight") for k in weights)):
-        old, new = f"{vit}transformer.layers.{i}", f"vision_model.encoder.layers.{i}"
-        move(f"{old}.input_layernorm", f"{new}.layer_norm1")
-        move(f"{old}.post_attention_layernorm", f"{new}.layer_norm2")
-        move(f"{old}.attention.query_key_value", f"{new}.self_attn.qkv")
-        move(f"{old}.attention.dense", f"{new}.self_attn.projection")
-        move(f"{old}.mlp.dense_h_to_4h", f"{new}.mlp.fc1")
-        move(f"{old}.mlp.dense_4h_to_h", f"{new}.mlp.fc2")
-    move(f"{former}layers.0.input_layernorm", "qformer.layernorm")
-    for i in range(qformer_layers):
-        old, new = f"{former}layers.{i}", f"qformer.encoder.layer.{i}"
-        last = i == qformer_layers - 1
-        ends = f"{former}final_layernorm" if last else f"{former}layers.{i + 1}.input_layernorm"
-        move(ends, f"{new}.output_query.LayerNorm")
-        three = [f"{new}.attention.attention.{name}" for name in ("query", "key", "value")]
-        move(f"{old}.attention.query_key_value", *three)
-        move(f"{old}.attention.dense", f"{new}.attention.output.dense")
-        move(f"{old}.post_attention_layernorm", f"{new}.attention.output.LayerNorm")
-        move(f"{old}.mlp.dense_h_to_4h", f"{new}.intermediate_query.dense")
-        move(f"{old}.mlp.dense_4h_to_h", f"{new}.output_query.dense")
-        if f"{old}.cross_attention.query.weight" in weights:
-            cross = f"{new}.crossattention"
-            move(f"{old}.cross_attention.query", f"{cross}.attention.query")
-            move(f"{old}.cross_attention.key_value", f"{cross}.attention.key", f"{cross}.attention.value")
-            move(f"{old}.cross_attention.dense", f"{cross}.output.dense")
-            move(f"{old}.post_cross_attention_layernorm", f"{cross}.output.LayerNorm")
-    return out
-
-
-def test_parity_with_visualglm_through_a_saved_folder(
-    original: tuple[VisionShape, dict[str, Tensor], dict[str, Tensor]], tmp_path: Path
-) -> None:
-    shape, weights, golden = original
-    encoder = VisionEncoder(shape)
-    encoder.load_state_dict(weights)
-    encoder.save(tmp_path)
+def test_parity_with_visualglm_through_a_saved_folder(original: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    native, golden = original
+    VisionEncoder.load(native).save(tmp_path)
     encoder = VisionEncoder.load(tmp_path)
     with torch.no_grad():
         seen = encoder.vision_model(pixel_values=golden["pixel_values"]).last_hidden_state
@@ -131,14 +72,15 @@ def test_parity_with_visualglm_through_a_saved_folder(
     assert (found - golden["qformer_last_hidden_state"]).abs().max() < 1e-5
 
 
-def test_the_wrong_epsilon_would_show(
-    original: tuple[VisionShape, dict[str, Tensor], dict[str, Tensor]],
-) -> None:
-    shape, weights, golden = original
-    encoder = VisionEncoder(VisionShape(shape.vision_config, shape.qformer_config, shape.num_query_tokens))
-    encoder.load_state_dict(weights)
+def test_the_wrong_epsilon_would_show(original: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    native, golden = original
+    for file in native.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((native / "config.json").read_text())
+    del config["post_layernorm_eps"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.no_grad():
-        seen = encoder.vision_model(pixel_values=golden["pixel_values"]).last_hidden_state
+        seen = VisionEncoder.load(tmp_path).vision_model(pixel_values=golden["pixel_values"]).last_hidden_state
     assert (seen - golden["vit_last_hidden_state"]).abs().max() > 1e-5
 
 
@@ -194,38 +136,6 @@ def test_half_precision_keeps_the_qformer_in_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(rough, exact, atol=0.1, rtol=0.1)
 
 
-def test_a_public_blip2_folder_loads_its_towers(tmp_path: Path) -> None:
-    """Written by transformers itself, sharded, with a language model that must be neither read nor missed."""
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
-
-    ours = tiny()
-    text = OPTConfig(
-        vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
-        word_embed_proj_dim=16, max_position_embeddings=16,
-    )  # fmt: skip
-    config = Blip2Config(
-        vision_config=ours.shape.vision_config, qformer_config=ours.shape.qformer_config, text_config=text,
-        num_query_tokens=5,
-    )  # fmt: skip
-    public = Blip2ForConditionalGeneration(config).eval()
-    public.load_state_dict(ours.state_dict(), strict=False)
-    public.save_pretrained(tmp_path, max_shard_size="8KB")
-    assert (tmp_path / "model.safetensors.index.json").is_file()
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "do_resize": true}')
-    names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    towers = {shard for name, shard in names.items() if not name.startswith("language")}
-    for shard in set(names.values()) - towers:
-        (tmp_path / shard).unlink()  # only the language model's
-
-    loaded, pixels = VisionEncoder.load(tmp_path), torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(loaded(pixels), ours(pixels))
-        expected = public.get_image_features(pixels).qformer_outputs.last_hidden_state
-        torch.testing.assert_close(loaded(pixels), expected)
-    assert list(loaded.shape.image_mean) == [0.5, 0.5, 0.5]
-    assert list(loaded.shape.image_std) == list(CLIP_STD)
-
-
 def test_folders_that_hold_no_encoder(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"none/config\.json: the vision checkpoint lacks this file; check vision"
@@ -251,3 +161,148 @@ def test_folders_that_hold_no_encoder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
         VisionEncoder.load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- public BLIP-2
+def public_blip2(folder: Path, ours: VisionEncoder) -> tuple[torch.nn.Module, set[str]]:
+    """A BLIP-2 model as transformers writes it, in shards; and the shards that hold the encoder."""
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+
+    text = OPTConfig(
+        vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+        word_embed_proj_dim=16, max_position_embeddings=16,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=ours.shape.vision_config, qformer_config=ours.shape.qformer_config, text_config=text,
+        num_query_tokens=5,
+    )  # fmt: skip
+    public = Blip2ForConditionalGeneration(config).eval()
+    public.load_state_dict(ours.state_dict(), strict=False)
+    public.save_pretrained(folder, max_shard_size="8KB")
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "do_resize": true}')
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return public, {shard for name, shard in names.items() if not name.startswith("language")}
+
+
+def test_a_public_blip2_folder_loads_its_towers(tmp_path: Path) -> None:
+    """Sharded, with a language model that must be neither read nor missed."""
+    ours = tiny()
+    public, towers = public_blip2(tmp_path, ours)
+    language = {path for path in tmp_path.glob("model-*") if path.name not in towers}
+    assert language
+    for shard in language:
+        shard.unlink()
+
+    loaded, pixels = VisionEncoder.load(tmp_path), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels), ours(pixels))
+        expected = public.get_image_features(pixels).qformer_outputs.last_hidden_state
+        torch.testing.assert_close(loaded(pixels), expected)
+    assert list(loaded.shape.image_mean) == [0.5, 0.5, 0.5]
+    assert list(loaded.shape.image_std) == list(CLIP_STD)
+
+
+def test_a_blip2_for_retrieval_has_more_and_is_read_too(tmp_path: Path) -> None:
+    """blip2-itm-vit-g: the Q-Former's text half, two projections and no language model."""
+    from transformers import Blip2Config, Blip2ForImageTextRetrieval
+
+    ours = tiny()
+    former = {**ours.shape.qformer_config, "use_qformer_text_input": True, "vocab_size": 20}
+    config = Blip2Config(vision_config=ours.shape.vision_config, qformer_config=former, num_query_tokens=5)
+    public = Blip2ForImageTextRetrieval(config)
+    public.load_state_dict(ours.state_dict(), strict=False)
+    public.save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert "embeddings.word_embeddings.weight" in names
+    assert "qformer.encoder.layer.0.intermediate.dense.weight" in names
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(VisionEncoder.load(tmp_path)(pixels), ours(pixels))
+
+
+def test_configurations_and_weights_of_older_transformers(tmp_path: Path) -> None:
+    """Every default of a PretrainedConfig spelt out, weights in half precision."""
+    ours = tiny()
+    ours.save(tmp_path)
+    spelt = {
+        "_name_or_path": "", "add_cross_attention": False, "architectures": None, "bad_words_ids": None,
+        "chunk_size_feed_forward": 0, "decoder_start_token_id": None, "finetuning_task": None, "is_decoder": False,
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "num_beams": 1,
+        "pruned_heads": {}, "return_dict": True, "tf_legacy_loss": False, "tie_word_embeddings": True,
+        "torch_dtype": None, "torchscript": False, "transformers_version": "4.27.0.dev0", "use_bfloat16": False,
+        "dropout": 0.0, "initializer_factor": 1.0, "num_channels": 3, "projection_dim": 512,
+    }  # fmt: skip
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"] |= {**spelt, "model_type": "blip_2_vision_model"}
+    config["qformer_config"] |= {**spelt, "model_type": "blip_2_qformer", "classifier_dropout": None}
+    config |= {"model_type": "blip-2", "text_config": {"model_type": "opt"}, "use_decoder_only_language_model": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    half = {name: tensor.half() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file({**half, "language_projection.weight": torch.zeros(4, 12)}, tmp_path / "model.safetensors")
+    loaded = VisionEncoder.load(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.query_tokens, half["query_tokens"].float())
+
+
+def test_a_configuration_of_the_wrong_type_is_told_in_one_sentence(tmp_path: Path) -> None:
+    tiny().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["hidden_size"] = "wide"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: describes no BLIP-2 encoder \(.*hidden_size.*\); get the"
+    ):
+        VisionEncoder.load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- hub ids
+def test_of_a_hub_repository_only_the_encoder_s_files_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, hub, cache = tiny(), tmp_path / "hub", tmp_path / "cache"
+    _, towers = public_blip2(hub, ours)
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        assert name == "Salesforce/blip2-tiny"
+        cache.mkdir(exist_ok=True)
+        for file in hub.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, cache)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    loaded, pixels = VisionEncoder.load("Salesforce/blip2-tiny"), torch.randn(1, 3, 32, 32)
+    few = {"config.json", "preprocessor_config.json", "model.safetensors.index.json"}
+    assert {file.name for file in cache.iterdir()} == few | towers
+    assert len(towers) < len(list(hub.glob("model-*")))
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels), ours(pixels))
+
+
+def test_without_a_connection_the_hub_s_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        CheckpointError,
+        match=r"^some/encoder: is no folder, and as a hub id it cannot be had \(.*\); check vision\.path",
+    ) as told:
+        VisionEncoder.load("some/encoder")
+    assert "\n" not in str(told.value)
+
+    snapshot = tmp_path / "models--some--encoder" / "snapshots" / "0123"
+    tiny().save(snapshot)
+    refs = tmp_path / "models--some--encoder" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123")
+    assert VisionEncoder.load("some/encoder").fingerprint() == tiny().fingerprint()
+
+    (snapshot / "model.safetensors").unlink()  # an interrupted download
+    with pytest.raises(
+        CheckpointError, match=r"^some/encoder: .* cannot be had \(it lacks model\.safetensors\); check"
+    ):
+        VisionEncoder.load("some/encoder")
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny().save(tmp_path / "runs" / "vision")
+    assert VisionEncoder.load("runs/vision").tokens == 5

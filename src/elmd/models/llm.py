@@ -24,13 +24,26 @@ def load_llm(
         CheckpointError: the folder is missing, incomplete or not one that transformers knows without remote code.
     """
     device = torch.device(device)
+    config = Path(path) / "config.json"
+    if config.is_file() and '"chatglm"' in config.read_text(encoding="utf-8", errors="replace"):
+        raise CheckpointError(
+            "is ChatGLM as published, whose own code transformers 5 cannot run",
+            where=path,
+            fix="convert it once: python scripts/convert_chatglm2.py SRC DST, and set llm.path=DST",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=pick_dtype(dtype, device), attn_implementation=attention, use_safetensors=True,
             device_map={"": device},
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError) as error:  # ImportError: flash attention is not installed
+    except ImportError as error:
+        raise CheckpointError(
+            f"attention {attention!r} cannot be used here ({str(error).strip().splitlines()[0].rstrip('.')})",
+            where=path,
+            fix="install its package, or set llm.attention=sdpa",
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CheckpointError(
             f"cannot be loaded as a language model ({reason})",

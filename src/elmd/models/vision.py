@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,8 +22,10 @@ from elmd.errors import CheckpointError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_WEIGHTS = "model.safetensors"
+_CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PARTS = ("vision_model.", "qformer.", "query_tokens")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
@@ -43,6 +46,13 @@ class VisionShape:
     image_mean: Sequence[float] = CLIP_MEAN
     image_std: Sequence[float] = CLIP_STD
     post_layernorm_eps: float | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json`."""
+        config = {key: value for key, value in asdict(self).items() if value is not None}
+        new = folder / f"{_CONFIG}.tmp"
+        new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        new.replace(folder / _CONFIG)
 
 
 class VisionEncoder(nn.Module):
@@ -110,13 +120,31 @@ class VisionEncoder(nn.Module):
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        config = {key: value for key, value in asdict(self.shape).items() if value is not None}
         new = folder / f"{_WEIGHTS}.tmp"
         save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, new, {"format": "pt"})
         new.replace(folder / _WEIGHTS)
-        new = folder / "config.json.tmp"
-        new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        new.replace(folder / "config.json")
+        self.shape.save(folder)
+
+    @classmethod
+    def empty(cls, shape: VisionShape, where: Path) -> VisionEncoder:
+        """An encoder on the meta device: names and shapes without numbers.
+
+        Args:
+            where: the file that describes the shape, for the message.
+
+        Raises:
+            CheckpointError: there is no such encoder.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+
+        try:
+            with torch.device("meta"):
+                return cls(shape)
+        except (TypeError, ValueError, RuntimeError, ZeroDivisionError, StrictDataclassError) as error:
+            reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
+            raise CheckpointError(
+                f"describes no BLIP-2 encoder ({reason})", where=where, fix="get the file again, as it was published"
+            ) from error
 
     @classmethod
     def load(
@@ -128,18 +156,17 @@ class VisionEncoder(nn.Module):
         `preprocessor_config.json`.
 
         Args:
+            path: a folder, or a hub id (`Salesforce/blip2-opt-2.7b`): of such a repository only the configuration and
+                the files that hold the encoder's weights are downloaded, once.
             dtype: of the ViT.
 
         Raises:
-            CheckpointError: a file or a weight is missing, or has another shape than `config.json` says.
+            CheckpointError: a file or a weight is missing, or has another shape than `config.json` says; or the hub
+                does not give the files.
         """
-        folder = Path(path)
+        folder = _fetch(path)
         shape = _read_shape(folder)
-        try:
-            with torch.device("meta"):
-                encoder = cls(shape)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"describes no BLIP-2 encoder ({error})", where=folder / "config.json") from error
+        encoder = cls.empty(shape, folder / _CONFIG)
         weights = _read_weights(folder, dtype, device)
         wanted = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
         if missing := sorted(wanted.keys() - weights.keys()):
@@ -173,15 +200,47 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in drop}
 
 
+def _fetch(path: str | Path) -> Path:
+    """The folder itself, or a hub id's snapshot in the hub's cache, with what the encoder needs of it."""
+    folder, name = Path(path), str(path)
+    if folder.exists() or folder.is_absolute() or not _HUB_ID.fullmatch(name):
+        return folder
+    few = [_CONFIG, _PREPROCESSOR, _INDEX]
+    shards = _shards(_snapshot(name, few))
+    folder = _snapshot(name, [*few, *shards])
+    # Without a connection the hub's client may answer with what an interrupted download left.
+    if lacking := [file for file in (_CONFIG, *shards) if not (folder / file).is_file()]:
+        raise _unfetched(name, f"it lacks {lacking[0]}")
+    return folder
+
+
+def _snapshot(name: str, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # also those of the HTTP library that the hub's client happens to be built on
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise _unfetched(name, reason) from error
+
+
+def _unfetched(name: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"is no folder, and as a hub id it cannot be had ({reason})",
+        where=name,
+        fix="check vision.path and the connection, or download the repository and give its folder",
+    )
+
+
 def _read_shape(folder: Path) -> VisionShape:
-    config = _read_json(folder / "config.json")
+    config = _read_json(folder / _CONFIG)
     if not isinstance(config.get("vision_config"), dict) or not isinstance(config.get("qformer_config"), dict):
         raise CheckpointError(
             "has no vision_config and qformer_config",
-            where=folder / "config.json",
-            fix="give a folder written by ELMD or a BLIP-2 model",
+            where=folder / _CONFIG,
+            fix="give a BLIP-2 model's folder as it is, or convert VisualGLM's with scripts/convert_visualglm.py",
         )
-    preprocessor = folder / "preprocessor_config.json"
+    preprocessor = folder / _PREPROCESSOR
     normal = {**(_read_json(preprocessor) if preprocessor.is_file() else {}), **config}
     return VisionShape(
         vision_config=config["vision_config"],
@@ -207,18 +266,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _shards(folder: Path) -> list[str]:
+    """The files that hold the encoder's weights, by the index where there is one."""
+    index = folder / _INDEX
+    if not index.is_file():
+        return [_WEIGHTS]
+    shards: dict[str, str] = _read_json(index).get("weight_map", {})
+    return sorted({shard for name, shard in shards.items() if name.startswith(_PARTS)})
+
+
 def _read_weights(folder: Path, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
     """The towers' tensors alone, each cast as it is read, so that no second copy of the model is held."""
     from safetensors import SafetensorError, safe_open
 
-    index = folder / f"{_WEIGHTS}.index.json"
-    if index.is_file():
-        shards: dict[str, str] = _read_json(index).get("weight_map", {})
-        names = sorted({shard for name, shard in shards.items() if name.startswith(_PARTS)})
-    else:
-        names = [_WEIGHTS]
     weights: dict[str, Tensor] = {}
-    for name in names:
+    for name in _shards(folder):
         try:
             with safe_open(folder / name, "pt") as file:
                 for key in file.keys():  # noqa: SIM118  (not a dict)

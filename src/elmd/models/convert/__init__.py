@@ -1,0 +1,1 @@
+"""Original checkpoints into folders that transformers loads without remote code."""
