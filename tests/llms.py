@@ -6,23 +6,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-#: Control tokens of each family, end of text first, and a template that writes one user message.
+#: Control tokens of each family, end of text first, a template that writes one user message, and how many of the
+#: control tokens (from the second on) the encoding puts before every text; GLM-4 and Llama write them in both places.
 TEMPLATES = {
     "glm4": (
         ["<|user|>", "[gMASK]", "<sop>", "<|assistant|>"],
         "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        2,
     ),
     "qwen3": (
         ["<|im_end|>", "<|im_start|>"],
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        0,
     ),
     "llama": (
         ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
         "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
         "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        1,
     ),
 }
 
@@ -41,7 +45,7 @@ def write_llm(folder: Path, family: str, texts: Iterable[str], *, vocab_size: in
         Qwen3ForCausalLM,
     )
 
-    control, template = TEMPLATES[family]
+    control, template, opening = TEMPLATES[family]
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -50,10 +54,12 @@ def write_llm(folder: Path, family: str, texts: Iterable[str], *, vocab_size: in
         texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=control, initial_alphabet=alphabet)
     )
     names: dict[str, Any] = {"eos_token": control[0], "pad_token": control[0]}
-    if family == "llama":  # opens every text with its first token
+    if family == "llama":
         names["bos_token"] = control[1]
+    if opening:
+        first = control[1 : 1 + opening]
         raw.post_processor = processors.TemplateProcessing(
-            single=f"{control[1]} $A", special_tokens=[(control[1], raw.token_to_id(control[1]))]
+            single=" ".join([*first, "$A"]), special_tokens=[(token, raw.token_to_id(token)) for token in first]
         )
     PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **names).save_pretrained(folder)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from conftest import LINES, make_demonstrations, make_samples
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples
-from elmd.data.prompts import Prompt
+from elmd.data.prompts import SLOTS, Prompt
 from elmd.errors import CheckpointError
 from elmd.models.adapter import FixedLayer, Lora, Prefix, load_adapter
 from elmd.models.elmd import Elmd
@@ -85,6 +85,19 @@ def assert_equal_steps(a: tuple[Tensor, list[Tensor], int], b: tuple[Tensor, lis
     assert len(a[1]) == len(b[1]) > 0
     for one, other in zip(a[1], b[1], strict=True):
         assert 0 <= (one - other).norm() < 1e-5 * other.norm(), "float32, in another order"
+
+
+def test_prompts_open_once_and_the_template_is_read(folder: Path) -> None:
+    tokenizer = load_llm(folder)[1]
+    encoder = Encoder(tokenizer, PROMPT, 400, 60)
+    before, after = encoder.wrap(f"甲：你好{SLOTS}乙")
+    written = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"甲：你好{SLOTS}乙"}], tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode([*before, *encoder.text(SLOTS), *after]) == written
+    opening = tokenizer.encode("")
+    assert before[: len(opening)] == opening
+    assert all(before.count(token) == 1 for token in opening)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

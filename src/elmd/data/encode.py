@@ -91,9 +91,10 @@ class Encoder:
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         before, _, after = rendered.partition(SLOTS)
-        # A template that writes the opening token itself must not get a second one from the encoding.
-        opened = bool(self.tokenizer.bos_token) and before.startswith(self.tokenizer.bos_token)
-        return self.tokenizer.encode(before, add_special_tokens=not opened), self.text(after) if after else []
+        # A template may write the tokens that open a sequence (Llama, GLM-4), or leave them to the encoding (ChatGLM2).
+        opening, ids = self.tokenizer.encode(""), self.text(before)
+        written = ids[: len(opening)] == opening
+        return ids if written else [*opening, *ids], self.text(after) if after else []
 
     def _fit(self, sample: Sample, demonstrations: Sequence[Demonstration], task: Task, slots: int) -> Encoded:
         def encode(s: Sample, d: Sequence[Demonstration]) -> Encoded:

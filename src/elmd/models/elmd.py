@@ -21,6 +21,7 @@ from elmd.data.collate import IGNORED, Batch
 from elmd.errors import CheckpointError
 from elmd.models.adapter import Adapter, fixed, load_adapter
 from elmd.models.projector import Projector
+from elmd.models.sharding import anywhere
 
 PROJECTOR = "projector.safetensors"
 ADAPTER = "adapter"
@@ -174,7 +175,7 @@ class Elmd(nn.Module):
             chosen = torch.where(running, choose(output.logits[:, -1].float(), step), eos)
             columns.append(chosen)
             running &= chosen != eos
-            if step + 1 == max_new_tokens or not running.any():
+            if step + 1 == max_new_tokens or not anywhere(running, self.llm):
                 break
             mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
             output = self.llm(
@@ -217,7 +218,12 @@ class Elmd(nn.Module):
         if not (self.checkpointing and self.training and torch.is_grad_enabled()):
             yield
             return
-        layers = self.llm.get_decoder().layers
+        layers = getattr(self.llm.get_decoder(), "layers", None)
+        if layers is None:
+            raise CheckpointError(
+                f"{type(self.llm).__name__} does not name its decoder layers, so they cannot be checkpointed",
+                fix="set llm.checkpointing=never",
+            )
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         try:

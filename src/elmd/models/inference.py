@@ -16,6 +16,7 @@ from elmd.data.collate import Batch, pack
 from elmd.data.examples import Examples
 from elmd.log import progress
 from elmd.models.elmd import Choose, Elmd
+from elmd.models.sharding import in_step, sharding
 
 R = TypeVar("R")
 
@@ -33,12 +34,16 @@ def over(
         budget: tokens per batch, padding included. The longest run first, so too large a budget shows at once.
     """
     order = sorted(range(len(examples)), key=lambda i: (-examples.lengths[i], i))
-    groups = pack(examples.lengths, order, budget)[accelerator.process_index :: accelerator.num_processes]
+    groups, world = pack(examples.lengths, order, budget), accelerator.num_processes
+    shares = [groups[rank::world] for rank in range(world)]
+    todo = in_step(shares, accelerator.process_index, level=sharding(accelerator))
     found: list[tuple[int, R]] = []
-    for positions in progress(groups, what, unit="batch"):
+    for positions, counts in progress(todo, what, unit="batch"):
         batch = examples.batch(positions).to(accelerator.device)
-        found.extend(zip(positions, function(batch, positions), strict=True))
-    if accelerator.num_processes > 1:
+        results = function(batch, positions)
+        if counts:
+            found.extend(zip(positions, results, strict=True))
+    if world > 1:
         found = gather_object(found)
     return [result for _, result in sorted(found, key=lambda pair: pair[0])]
 

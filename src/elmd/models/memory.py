@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from elmd.data.collate import Batch
 from elmd.errors import CheckpointError
-from elmd.models.adapter import Lora, Prefix
+from elmd.models.adapter import Adapter, Lora, Prefix
 from elmd.models.elmd import Elmd
 
 #: Share of the free memory that a step may be predicted to take; the rest is for gaps that an allocator leaves.
@@ -100,9 +100,7 @@ def step_memory(
         llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         llm.requires_grad_(False)
         weights = sum(p.nbytes for p in llm.parameters())
-        adapter = (
-            Prefix.create(llm, virtual, 0.1) if virtual else Lora.create(llm, lora_rank, 1, 0.1) if lora_rank else None
-        )
+        adapter = _adapter(llm, virtual, lora_rank)
         model = _Sizes(llm, None, adapter, checkpointing=checkpointing).train()
         ids = torch.empty(rows, length, dtype=torch.long)
     batch = Batch(ids, ids.bool(), ids.bool(), ids, ids, visual=None, keep=targets - 1, free=free_tokens)
@@ -154,10 +152,18 @@ def needs_checkpointing(
     for count, columns in {(few, length), (many, short)}:
         memory = step_memory(
             config, dtype=dtype, rows=count, length=columns, targets=targets, trainables=trainables, virtual=virtual,
-            lora_rank=lora_rank, free_tokens=min(free_tokens * columns // length, columns - targets),
+            lora_rank=lora_rank, free_tokens=max(0, min(free_tokens * columns // length, columns - targets)),
         )  # fmt: skip
         worst = max(worst, memory.step + memory.trainables)
     return worst > SHARE * free_memory(device)
+
+
+def adapter_size(config: PretrainedConfig, *, virtual: int = 0, lora_rank: int = 0) -> int:
+    """How many numbers train in a prefix or in LoRA updates for this language model."""
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(deepcopy(config)).requires_grad_(False)
+        adapter = _adapter(llm, virtual, lora_rank)
+    return 0 if adapter is None else sum(p.numel() for p in adapter.parameters())
 
 
 def free_memory(device: torch.device) -> int:
@@ -166,6 +172,12 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return psutil.virtual_memory().available
+
+
+def _adapter(llm: PreTrainedModel, virtual: int, lora_rank: int) -> Adapter | None:
+    if virtual:
+        return Prefix.create(llm, virtual, 0.1)
+    return Lora.create(llm, lora_rank, 1, 0.1) if lora_rank else None
 
 
 class _Sizes(Elmd):

@@ -11,7 +11,7 @@ from elmd.models.adapter import Adapter, Lora, Prefix
 from elmd.models.elmd import PROJECTOR, Elmd
 from elmd.models.projector import Projector
 from elmd.stages.base import Depends, Job, Outcome, Stage
-from elmd.stages.parts import depends_on_parts, load_parts
+from elmd.stages.parts import depends_on_parts, load_parts, place
 from elmd.training.loop import Plan, fit
 from elmd.training.tokens import TokenTask, token_loss
 
@@ -58,8 +58,8 @@ def run(cfg: Config, job: Job) -> Outcome:
 
     train = parts.examples(parts.split("train"), "eerg", with_target=True)
     selection = parts.examples(parts.split(cfg.eerg.select_on), "eerg", with_target=True)
-    model = Elmd(parts.llm, projector, adapter).to(job.accelerator.device)
-    model.checkpointing = parts.checkpointing(cfg, model, train, cfg.eerg.batch_size, cfg.eerg.micro_tokens)
+    model = place(Elmd(parts.llm, projector, adapter), job.accelerator)
+    model.checkpointing = parts.checkpointing(cfg, job, model, train, cfg.eerg.batch_size, cfg.eerg.micro_tokens)
 
     def evaluate() -> dict[str, float]:
         return {"loss": token_loss(model, selection, cfg.eerg.micro_tokens, job.accelerator, "validation loss")}

@@ -9,7 +9,7 @@ from elmd.log import table
 from elmd.models.elmd import Elmd
 from elmd.models.inference import generate
 from elmd.stages.base import Depends, Job, Outcome, Stage
-from elmd.stages.parts import depends_on_parts, load_parts
+from elmd.stages.parts import depends_on_parts, load_parts, place
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -23,7 +23,7 @@ def run(cfg: Config, job: Job) -> Outcome:
     parts = load_parts(cfg, job)
     # The prompt is the one that the model was trained with, whatever the configuration says now.
     parts.encoder.prompt = Prompt.load(job.upstream["eerg"] / "prompt.json")
-    model = Elmd.load(job.upstream["eerg"], parts.llm)
+    model = place(Elmd.load(job.upstream["eerg"], parts.llm), job.accelerator)
     samples = parts.split(cfg.generate.split)
     examples = parts.examples(samples, "eerg", with_target=False)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from elmd.config import Checkpointing, Config, PromptConfig, plain
@@ -22,6 +24,7 @@ from elmd.models.adapter import Lora
 from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm
 from elmd.models.memory import needs_checkpointing
+from elmd.models.sharding import shard, sharding
 from elmd.retrieval.index import load_demonstrations
 from elmd.stages.base import Depends, Job, checkpoint_path, standin
 from elmd.types import Demonstration, Sample
@@ -68,7 +71,9 @@ class Parts:
         features = self.features if video else no_features
         return Examples(samples, self.encoder, self.demonstrations, features, task, with_target=with_target)
 
-    def checkpointing(self, cfg: Config, model: Elmd, train: Examples, batch_size: int, micro_tokens: int) -> bool:
+    def checkpointing(
+        self, cfg: Config, job: Job, model: Elmd, train: Examples, batch_size: int, micro_tokens: int
+    ) -> bool:
         """Whether to train with activation checkpointing: as told, or if the largest micro-batch would not fit."""
         if cfg.llm.checkpointing is not Checkpointing.auto:
             return cfg.llm.checkpointing is Checkpointing.always
@@ -79,7 +84,7 @@ class Parts:
             device=self.llm.device,
             dtype=self.llm.dtype,
             micro_tokens=micro_tokens,
-            rows=min(batch_size, len(train)),
+            rows=math.ceil(min(batch_size, len(train)) / job.accelerator.num_processes),
             length=length,
             targets=max(len(row.target) for row in train.rows) + 1,
             trainables=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -119,10 +124,17 @@ def load_parts(cfg: Config, job: Job) -> Parts:
         checkpoint_path(cfg.llm.path, "llm", job),
         dtype=cfg.llm.dtype,
         attention=cfg.llm.attention,
-        device=job.accelerator.device,
+        device="cpu" if sharding(job.accelerator) else job.accelerator.device,
     )
     encoder = Encoder(tokenizer, prompt_of(cfg.prompt), cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
     return Parts(samples, demonstrations, features, width, llm, encoder)
+
+
+def place(model: Elmd, accelerator: Accelerator) -> Elmd:
+    """The whole model on its device; where the launcher asks for it, with the frozen weights shared out over ranks."""
+    if sharding(accelerator):
+        shard(model.llm, accelerator)
+    return model.to(accelerator.device)
 
 
 def prompt_of(config: PromptConfig) -> Prompt:

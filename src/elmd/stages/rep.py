@@ -18,7 +18,7 @@ from elmd.models.elmd import Elmd
 from elmd.models.inference import predict_emotions
 from elmd.models.projector import Projector
 from elmd.stages.base import Depends, Job, Outcome, Stage
-from elmd.stages.parts import Parts, depends_on_parts, load_parts
+from elmd.stages.parts import Parts, depends_on_parts, load_parts, place
 from elmd.training.artifacts import write_json
 from elmd.training.loop import Plan, fit
 from elmd.training.plots import confusion
@@ -50,14 +50,14 @@ def run(cfg: Config, job: Job) -> Outcome:
             where=start,
             fix="take the projector of the vision encoder that made the features",
         )
-    model = Elmd(parts.llm, projector).to(job.accelerator.device)
+    model = place(Elmd(parts.llm, projector), job.accelerator)
 
     # All that trains is the projector, and a sample without a clip never reaches it.
     seen = [sample for sample in parts.split("train") if parts.features(sample.id) is not None]
     if not seen:
         raise ArtifactError("no training sample has a clip to learn from", fix="look at the counts of stage=features")
     train = parts.examples(seen, "rep", with_target=True)
-    model.checkpointing = parts.checkpointing(cfg, model, train, cfg.rep.batch_size, cfg.rep.micro_tokens)
+    model.checkpointing = parts.checkpointing(cfg, job, model, train, cfg.rep.batch_size, cfg.rep.micro_tokens)
     select = parts.split(cfg.rep.select_on)
     selection = parts.examples(select, "rep", with_target=False)
 

@@ -13,6 +13,7 @@ from elmd.data.collate import pack
 from elmd.data.examples import Examples
 from elmd.models.elmd import Elmd
 from elmd.models.inference import over
+from elmd.models.sharding import in_step, sharding
 from elmd.training.loop import Batch
 
 
@@ -52,11 +53,12 @@ class TokenTask:
     def losses(self, batch: Batch, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
         self.model.train()
         lengths = self.examples.lengths
-        share = sorted(batch, key=lambda i: (lengths[i], i))[rank::world]
-        for positions in pack(lengths, share, self.micro_tokens):
+        order = sorted(batch, key=lambda i: (lengths[i], i))
+        shares = [pack(lengths, order[one::world], self.micro_tokens) for one in range(world)]
+        for positions, counts in in_step(shares, rank, level=sharding(self.accelerator)):
             # Without an adapter only the projector trains, and the tokens before the slots run without gradient.
             micro = self.examples.batch(positions, split=self.model.adapter is None).to(self.accelerator.device)
-            yield self.model.loss(micro).sum(), sum(lengths[i] for i in positions)
+            yield self.model.loss(micro).sum() * counts, sum(lengths[i] for i in positions) * counts
 
 
 @torch.no_grad()

@@ -1,47 +1,35 @@
-"""`python -m elmd.doctor …`: what a configuration needs and what of it is missing, before hours are spent."""
+"""The command line of the doctor: everything that a configuration needs, one line each."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elmd.cli import command
-from elmd.config import BOOTSTRAP, Config, Reader, VisionKind, check
+from elmd.config import Config, Reader, check
+from elmd.doctor.findings import HOMES, Finding
 from elmd.errors import ElmdError
-from elmd.log import table
+from elmd.log import is_main, table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PretrainedConfig
 
-#: Where the public checkpoints and data sets come from; data/README.md says more.
-HOMES = {
-    "chatglm2_6b": "huggingface.co/THUDM/chatglm2-6b, in transformers' Glm layout (a converter is still to come)",
-    "visualglm": "huggingface.co/THUDM/visualglm-6b, in the BLIP-2 layout (a converter is still to come)",
-    "blip2": "huggingface.co/Salesforce/blip2-opt-2.7b",
-    "m3e_base": "huggingface.co/moka-ai/m3e-base",
-    "m3ed": "github.com/AIM3-RUC/RUCM3ED",
-    "cped": "github.com/scutcyr/CPED",
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at; `fix` is empty where nothing is to be done."""
-
-    what: str
-    found: str
-    fix: str = ""
-    missing: bool = False
+#: Bytes of weights whose checksums are not known yet, from which on the doctor does not wait for them.
+PATIENCE = 2**30
 
 
 def doctor(cfg: Config, accelerator: Accelerator) -> None:
-    """Print every finding; exit code 1 if something is missing."""
-    findings = [*machine(cfg, accelerator), *data(cfg), *checkpoints(cfg)]
+    """Print every finding and the memory that training takes; exit code 1 if something is missing."""
+    from elmd.doctor.checkpoints import agreement, checkpoints, llm_config
+
+    findings = [*machine(cfg, accelerator), *data(cfg), *checkpoints(cfg), *agreement(cfg)]
+    known = llm_config(cfg)
     if not any(finding.missing for finding in findings):
         findings += list(rules(cfg)) or stages(cfg, accelerator)
     table(
@@ -49,11 +37,32 @@ def doctor(cfg: Config, accelerator: Accelerator) -> None:
         ["", "found", "to do"],
         [(("✗ " if f.missing else "· " if f.fix else "✓ ") + f.what, f.found, f.fix) for f in findings],
     )
-    if missing := sum(f.missing for f in findings):
-        told = f"{missing} thing{'s' if missing > 1 else ''} missing; see the last column."
-        print(f"{told} Which stages are done shows when nothing is missing.", file=sys.stderr)
+    if known is not None and is_main():
+        estimate(cfg, known[0], accelerator)
+    missing = sum(f.missing for f in findings)
+    told = f"{missing} thing{'s' if missing > 1 else ''} missing; see the last column."
+    if is_main():
+        later = "Which stages are done shows when nothing is missing."
+        print(f"{told} {later}" if missing else "Nothing is missing.", file=sys.stderr)
+    accelerator.wait_for_everyone()  # a launcher stops all as soon as one leaves with an error
+    if missing:
         sys.exit(1)
-    print("Nothing is missing.", file=sys.stderr)
+
+
+def estimate(cfg: Config, config: PretrainedConfig, accelerator: Accelerator) -> None:
+    """Print how much memory training takes with this language model."""
+    import torch
+
+    from elmd.doctor.memory import GIB, show
+    from elmd.models.sharding import sharding
+
+    here = None
+    if accelerator.device.type == "cuda":
+        here = torch.cuda.get_device_properties(accelerator.device).total_memory / GIB
+    try:
+        show(cfg, config, share=accelerator.num_processes if sharding(accelerator) else 1, here=here)
+    except ElmdError as error:
+        print(error, file=sys.stderr)
 
 
 def machine(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
@@ -86,9 +95,7 @@ def data(cfg: Config) -> Iterator[Finding]:
     if cfg.data.reader is Reader.tiny:
         yield Finding(name, "the tiny world", "made by stage=bootstrap")
     elif cfg.data.path is None:
-        yield Finding(
-            name, "data.path is not set", f"data.path=…; {HOMES.get(cfg.data.name, 'see data/README.md')}", True
-        )
+        yield Finding(name, "data.path is not set", HOMES.get(cfg.data.name, "data.path=…, see data/README.md"), True)
     else:
         path = Path(cfg.data.path)
         wanted = path / "annotation.json" if cfg.data.reader is Reader.m3ed and not path.is_file() else path
@@ -105,33 +112,6 @@ def data(cfg: Config) -> Iterator[Finding]:
         )
 
 
-def checkpoints(cfg: Config) -> Iterator[Finding]:
-    groups = [("llm", cfg.llm.name, cfg.llm.path)]
-    if cfg.vision.kind is VisionKind.encoder:
-        groups.append(("vision", cfg.vision.name, cfg.vision.path))
-    if cfg.retrieves:
-        groups.append(("retriever", cfg.retriever.name, cfg.retriever.path))
-    for group, name, path in groups:
-        what, home = f"{group}={name}", HOMES.get(name, "a folder with config.json and safetensors weights")
-        if path is None:
-            yield Finding(what, f"{group}.path is not set", f"{group}.path=…; {home}", True)
-        elif path == BOOTSTRAP:
-            yield Finding(what, "a stand-in", "made by stage=bootstrap")
-        elif Path(path).is_dir():
-            weights = any(Path(path).rglob("*.safetensors"))
-            config = (Path(path) / "config.json").is_file() or (Path(path) / "modules.json").is_file()
-            good = weights and config
-            lacks = " and ".join(w for w, there in (("config.json", config), ("*.safetensors", weights)) if not there)
-            yield Finding(what, path, "" if good else f"the folder lacks {lacks}; {home}", not good)
-        elif path.count("/") == 1 and not path.startswith((".", "/", "~")):
-            from huggingface_hub import try_to_load_from_cache
-
-            cached = isinstance(try_to_load_from_cache(path, "config.json"), str)
-            yield Finding(what, f"hub id {path}", "" if cached else "not in the hub's cache: downloaded at first use")
-        else:
-            yield Finding(what, path, f"no such folder; {home}", True)
-
-
 def rules(cfg: Config) -> Iterator[Finding]:
     try:
         check(cfg)
@@ -143,6 +123,10 @@ def stages(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
     """What of the chain is up to date; nothing where its inputs are not there yet."""
     from elmd.stages.chain import Chain
 
+    if (size := unread(cfg)) > PATIENCE:
+        told = f"their names need checksums of {size / 1e9:.0f} GB of weights, which the first stage computes, once"
+        yield Finding("stages", "not looked at", told)
+        return
     chain = Chain(cfg, accelerator)
     try:
         names = list(chain.order("generate"))
@@ -156,6 +140,15 @@ def stages(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
             yield Finding(f"stage {name}", "interrupted", "goes on where it stopped")
         else:
             yield Finding(f"stage {name}", "not made yet", "stage=all makes it")
+
+
+def unread(cfg: Config) -> int:
+    """Bytes of weights in folders whose checksums `runs/` does not hold."""
+    remembered = Path(cfg.runs_dir) / ".hashes.json"
+    known = remembered.read_text(encoding="utf-8") if remembered.is_file() else ""
+    folders = [Path(path) for path in (cfg.llm.path, cfg.vision.path, cfg.retriever.path) if path is not None]
+    files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*.safetensors")]
+    return sum(file.stat().st_size for file in files if json.dumps(str(file.resolve())) not in known)
 
 
 main = command("train", doctor, checked=False)
