@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from elmd import log
 from elmd.config import Config, check
-from elmd.errors import ConfigError, ElmdError
+from elmd.errors import ConfigError, ElmdError, TrainingError
 from elmd.training.artifacts import digest
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def run(cfg: Config, action: Action) -> None:
     """Start accelerate as the configuration says and act."""
     import torch
     import transformers
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     log.setup()
     # peft still asks transformers under the old name; nothing a user could do about it.
@@ -101,7 +102,16 @@ def run(cfg: Config, action: Action) -> None:
     transformers.utils.logging.disable_progress_bar()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    action(cfg, Accelerator(cpu=cfg.cpu))
+    # The others wait for hours where rank 0 works alone, or for another job's lock.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(cpu=cfg.cpu, kwargs_handlers=[waiting])
+    if accelerator.num_processes != (started := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise ConfigError(
+            f"the launcher started {started} processes, and each would run alone",
+            where="cpu",
+            fix="add cpu=true to run them on CPU, or start one process",
+        )
+    action(cfg, accelerator)
 
 
 def guard(act: Callable[[], Any]) -> None:
@@ -116,6 +126,14 @@ def guard(act: Callable[[], Any]) -> None:
             raise
         if isinstance(error, HydraException | OmegaConfBaseException):
             error = _composition_error(error)
+        if isinstance(error, RuntimeError) and "torch" in sys.modules:
+            from elmd.training.loop import peer_died
+
+            if peer_died(error):
+                error = TrainingError(
+                    "another process of this run died",
+                    fix="see what it said itself, and run the same command to go on",
+                )
         told = (
             str(error)
             if isinstance(error, ElmdError)

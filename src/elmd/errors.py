@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from os import PathLike
+from typing import Any
 
 
 class ElmdError(Exception):
@@ -18,6 +20,10 @@ class ElmdError(Exception):
         self.what, self.where, self.fix = what, str(where) if where is not None else None, fix
         text = f"{self.where}: {what}" if self.where else what
         super().__init__(f"{text}; {fix}." if fix else f"{text}.")
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        """Errors travel between processes."""
+        return partial(type(self), where=self.where, fix=self.fix), (self.what,)
 
 
 class ConfigError(ElmdError):

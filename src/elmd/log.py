@@ -38,13 +38,25 @@ def setup(level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
-def progress(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """`items`, with a progress bar on rank 0 once a second has passed (a line every ten where there is no terminal)."""
-    bar = tqdm(
-        items, desc=what, total=total, unit=unit, disable=not is_main(), file=sys.stderr, delay=1,
-        mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, leave=sys.stderr.isatty(),
+def bar(
+    what: str, items: Iterable[Any] | None = None, *, total: int | None = None, initial: int = 0, unit: str = "it",
+    delay: float = 0,
+) -> tqdm:  # fmt: skip
+    """A progress bar on rank 0, a line every ten seconds where there is no terminal.
+
+    Args:
+        delay: seconds before it shows.
+    """
+    seen = sys.stderr.isatty()
+    return tqdm(
+        items, desc=what, total=total, initial=initial, unit=unit, disable=not is_main(), file=sys.stderr, delay=delay,
+        mininterval=0.2 if seen else 10, dynamic_ncols=True, leave=seen,
     )  # fmt: skip
-    yield from bar
+
+
+def progress(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """`items`, with a progress bar once a second has passed."""
+    yield from bar(what, items, total=total, unit=unit, delay=1)
 
 
 def cell(value: Any) -> str:

@@ -12,12 +12,19 @@ from elmd.errors import CheckpointError
 
 
 def load_llm(
-    path: str | Path, *, dtype: str = "auto", attention: str = "sdpa", device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    attention: str = "sdpa",
+    device: torch.device | str = "cpu",
+    onto: torch.device | str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """The model, frozen and in eval mode, and its tokenizer. Weights are read from safetensors, straight to the device.
 
     Args:
         path: a folder, or a hub id.
+        device: where the model will run.
+        onto: where its weights are put now, if not there.
         dtype: `auto` is bfloat16 on a GPU and float32 on CPU; else a torch name (`float16`, …).
 
     Raises:
@@ -35,7 +42,7 @@ def load_llm(
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=pick_dtype(dtype, device), attn_implementation=attention, use_safetensors=True,
-            device_map={"": device},
+            device_map={"": device if onto is None else onto},
         )  # fmt: skip
     except ImportError as error:
         raise CheckpointError(

@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -21,6 +21,8 @@ from elmd.errors import ArtifactError, ElmdError
 from elmd.log import logger
 from elmd.stages.base import Depends, Job, Outcome, Stage
 from elmd.training.artifacts import Store, digest, read_manifest, write_json
+
+T = TypeVar("T")
 
 #: Every stage by name: the module below `elmd.stages` and the name of its `Stage` there.
 STAGES = {
@@ -68,7 +70,7 @@ class Chain:
             stage: Stage = getattr(importlib.import_module(f"elmd.stages.{module}"), attribute)
             depends = stage.depends(self.cfg)
             upstream = {other: self.node(other).fingerprint for other in depends.upstream}
-            files = {role: self.store.content(path) for role, path in depends.files.items()}
+            files = self._first(lambda: {role: self.store.content(path) for role, path in depends.files.items()})
             fingerprint = digest([stage.name, stage.version, depends.config, upstream, files, depends.seed])
             self._nodes[name] = Node(stage, depends, upstream, files, fingerprint)
         return self._nodes[name]
@@ -110,8 +112,9 @@ class Chain:
             ArtifactError: something that it needs has not been made.
         """
         node, rank = self.node(name), self.accelerator.process_index
+        done = self._first(lambda: {other: self.store.finished(other, found) for other, found in node.upstream.items()})
         for other, fingerprint in node.upstream.items():
-            if not self.store.finished(other, fingerprint):
+            if not done[other]:
                 raise ArtifactError(
                     f"stage={name} needs the result of {other}, which has not been made for this configuration",
                     where=self.store.folder(other, fingerprint),
@@ -133,10 +136,8 @@ class Chain:
             if aside := self.store.set_aside(name, fingerprint):
                 logger.info("force=true: the earlier result of %s is now %s", name, aside)
             self._forced.add(name)
-        decision = [self.store.finished(name, fingerprint)]  # rank 0 decides for all
-        broadcast_object_list(decision)
         folder = self.store.folder(name, fingerprint)
-        if decision[0]:
+        if self._first(lambda: self.store.finished(name, fingerprint)):
             logger.info("%s: up to date, reused (%s)", name, folder)
             return folder
 
@@ -158,6 +159,23 @@ class Chain:
             self.store.finish(name, fingerprint, self._manifest(node, outcome, time.time() - started))
         self.accelerator.wait_for_everyone()
         return folder
+
+    def _first(self, ask: Callable[[], T]) -> T:
+        """What rank 0 finds, or its error, for all ranks.
+
+        One process reads gigabytes of weights for their checksums and not all; and other machines may see an older
+        state of a shared disk.
+        """
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = ask()
+            except ElmdError as error:
+                found[1] = error
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
 
     def _manifest(self, node: Node, outcome: Outcome, seconds: float) -> dict[str, Any]:
         return {

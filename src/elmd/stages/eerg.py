@@ -56,7 +56,8 @@ def run(cfg: Config, job: Job) -> Outcome:
     if projector is not None:
         trained["projector"] = projector
 
-    train = parts.examples(parts.split("train"), "eerg", with_target=True)
+    samples = parts.split("train")
+    train = parts.examples(parts.with_clip(samples) if adapter is None else samples, "eerg", with_target=True)
     selection = parts.examples(parts.split(cfg.eerg.select_on), "eerg", with_target=True)
     model = place(Elmd(parts.llm, projector, adapter), job.accelerator)
     model.checkpointing = parts.checkpointing(cfg, job, model, train, cfg.eerg.batch_size, cfg.eerg.micro_tokens)
@@ -109,7 +110,7 @@ def run(cfg: Config, job: Job) -> Outcome:
     return Outcome(
         metrics={"valid_loss": done.best, "best_step": done.best_step, "history": done.history, "trained": sizes},
         primary="valid_loss",
-        counts={"cut": dict(parts.encoder.cuts), "train": len(train)},
+        counts={"cut": dict(parts.encoder.cuts), "train": len(train), "train_left_out": len(samples) - len(train)},
     )
 
 

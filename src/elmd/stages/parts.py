@@ -67,6 +67,22 @@ class Parts:
             raise ArtifactError(f"the data has no {name} samples", fix="look at the counts that stage=prepare printed")
         return found
 
+    def with_clip(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those that the projector learns from; where nothing else trains, the others would teach nothing.
+
+        Raises:
+            ArtifactError: there is none.
+        """
+        seen = [sample for sample in samples if self.features(sample.id) is not None]
+        if not seen:
+            raise ArtifactError(
+                "no training sample has a clip to learn from", fix="look at what stage=features counted"
+            )
+        if len(seen) < len(samples):
+            left = len(samples) - len(seen)
+            logger.warning("%d of %d samples have no clip, which is all that trains here: left out", left, len(samples))
+        return seen
+
     def examples(self, samples: Sequence[Sample], task: Task, *, with_target: bool, video: bool = True) -> Examples:
         features = self.features if video else no_features
         return Examples(samples, self.encoder, self.demonstrations, features, task, with_target=with_target)
@@ -124,7 +140,8 @@ def load_parts(cfg: Config, job: Job) -> Parts:
         checkpoint_path(cfg.llm.path, "llm", job),
         dtype=cfg.llm.dtype,
         attention=cfg.llm.attention,
-        device="cpu" if sharding(job.accelerator) else job.accelerator.device,
+        device=job.accelerator.device,
+        onto="cpu" if sharding(job.accelerator) else None,  # the GPU may hold a part only
     )
     encoder = Encoder(tokenizer, prompt_of(cfg.prompt), cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
     return Parts(samples, demonstrations, features, width, llm, encoder)

@@ -10,7 +10,7 @@ import torch
 
 from elmd.config import Config, plain
 from elmd.data.examples import Examples
-from elmd.errors import ArtifactError, CheckpointError, ConfigError
+from elmd.errors import CheckpointError, ConfigError
 from elmd.labels import EMOTIONS
 from elmd.log import table
 from elmd.metrics.emotion import emotion_scores
@@ -52,11 +52,7 @@ def run(cfg: Config, job: Job) -> Outcome:
         )
     model = place(Elmd(parts.llm, projector), job.accelerator)
 
-    # All that trains is the projector, and a sample without a clip never reaches it.
-    seen = [sample for sample in parts.split("train") if parts.features(sample.id) is not None]
-    if not seen:
-        raise ArtifactError("no training sample has a clip to learn from", fix="look at the counts of stage=features")
-    train = parts.examples(seen, "rep", with_target=True)
+    train = parts.examples(parts.with_clip(parts.split("train")), "rep", with_target=True)
     model.checkpointing = parts.checkpointing(cfg, job, model, train, cfg.rep.batch_size, cfg.rep.micro_tokens)
     select = parts.split(cfg.rep.select_on)
     selection = parts.examples(select, "rep", with_target=False)
@@ -93,7 +89,7 @@ def run(cfg: Config, job: Job) -> Outcome:
     outcome = _finish(model, parts, cfg, job)
     free, tokens = sum(len(row.before) for row in train.rows), sum(train.lengths)
     outcome.metrics["share_of_tokens_without_gradient"] = free / tokens
-    outcome.counts |= {"train": len(seen), "train_without_clip": len(parts.split("train")) - len(seen)}
+    outcome.counts |= {"train": len(train), "train_without_clip": len(parts.split("train")) - len(train)}
     return outcome
 
 

@@ -38,7 +38,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text atomically: a neighbour file first, flushed to disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".tmp")
+    new = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")  # two jobs may write at once
     with new.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -8,7 +8,10 @@ What makes its results independent of machine and interruption:
   mean of means would weigh short targets more.
 - Random numbers are reseeded for each step from (seed, step, rank), so step k draws the same whether or not the run
   was interrupted, and nothing about them needs saving.
-- Only what trains is reduced and saved. The frozen model is in no process group and in no file.
+- Only what trains is reduced and saved. The frozen model is in no file, and in no message between processes but where
+  its weights are shared out (see `elmd.models.sharding`).
+
+When a process dies, the others cannot take another step: the first of them saves the last whole one, and all say so.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import json
 import math
 import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +31,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from elmd.errors import TrainingError
-from elmd.log import is_main, logger
+from elmd.log import bar, is_main, logger
 from elmd.training import checkpoint
 from elmd.training.artifacts import BEST, CHECKPOINTS
 from elmd.training.plots import curves
@@ -114,7 +115,7 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
     checkpoints and `best.safetensors` stay until the stage's result is finished.
 
     Raises:
-        TrainingError: the loss is zero or not finite.
+        TrainingError: the loss is zero or not finite, or another process of the run died.
         SystemExit: 143 after SIGTERM, with a checkpoint written.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -130,75 +131,86 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
         logger.info("%s: going on from the checkpoint of step %d of %d", what, progress.step, plan.steps)
     journal = Journal(folder, progress.step) if is_main() else None
     stop = StopFlag()
-    bar = tqdm(
-        total=plan.steps, initial=progress.step, desc=what, unit="step", disable=not is_main(), file=sys.stderr,
-        mininterval=0.2 if sys.stderr.isatty() else 10, leave=sys.stderr.isatty(),
-    )  # fmt: skip
+    shown = bar(what, total=plan.steps, initial=progress.step, unit="step")
 
-    if progress.step == 0:
-        _evaluate(task, plan, progress, folder, journal)
-    started = time.perf_counter()
-    for step, batch in itertools.islice(_stream(task, progress.step), plan.steps - progress.step):
-        # 1. Rates and random numbers of this step.
-        for group, name in zip(optimizer.param_groups, trained, strict=True):
-            group["lr"] = plan.rates[name] * rate(step, plan)
-        torch.manual_seed((plan.seed * 1_000_003 + step) * 4096 + rank)
-
-        # 2. Gradient of this rank's share, micro-batch by micro-batch, then the sum over ranks.
-        weight = task.weight(batch)
-        loss, tokens = torch.zeros((), device=device), 0
-        for micro_loss, micro_tokens in task.losses(batch, rank, world):
-            (micro_loss / weight).backward()
-            loss, tokens = loss + micro_loss.detach().float() / weight, tokens + micro_tokens
-        total = torch.stack(
-            [loss, torch.tensor(float(tokens), device=device), torch.tensor(float(stop), device=device)]
-        )
-        reduce_gradients(parameters, total, world)
-        value = total[0].item()
-        if not math.isfinite(value) or value == 0.0:
-            raise TrainingError(
-                f"the loss of step {step + 1} is {value}",
-                where=what,
-                fix="lower the learning rate, or look at samples "
-                + ", ".join(map(str, batch[:4]))
-                + " …; the checkpoint before it is kept",
-            )
-
-        # 3. Clip and step.
-        norm = torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.step = step + 1
-
-        # 4. Tell.
-        seconds, started = time.perf_counter() - started, time.perf_counter()
-        if journal:
-            journal.write(
-                progress.step,
-                {
-                    "loss": value,
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "grad_norm": norm.item(),
-                    "samples_per_s": len(batch) / seconds,
-                    "tokens_per_s": total[1].item() / seconds,
-                    "peak_gib": peak_memory(device),
-                },
-            )
-            bar.set_postfix(loss=f"{value:.3f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
-            bar.update()
-
-        # 5. Evaluate, keep the best, save.
-        if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
+    try:
+        if _due(progress, plan):  # at the start; or the run ended within an evaluation
             _evaluate(task, plan, progress, folder, journal)
-            started = time.perf_counter()
-        stopping = total[2].item() > 0
-        if is_main() and (stopping or progress.step % plan.checkpoint_every == 0):
-            checkpoint.save(folder / CHECKPOINTS, progress.step, task.modules, optimizer, vars(progress))
-        if stopping:
-            logger.warning("%s: stopped by a signal at step %d; run the same command to go on", what, progress.step)
-            raise SystemExit(143)
+        started = time.perf_counter()
+        for step, batch in itertools.islice(_stream(task, progress.step), plan.steps - progress.step):
+            # 1. Rates and random numbers of this step.
+            for group, name in zip(optimizer.param_groups, trained, strict=True):
+                group["lr"] = plan.rates[name] * rate(step, plan)
+            torch.manual_seed((plan.seed * 1_000_003 + step) * 4096 + rank)
 
-    bar.close()
+            # 2. Gradient of this rank's share, micro-batch by micro-batch, then the sum over ranks.
+            weight = task.weight(batch)
+            loss, tokens = torch.zeros((), device=device), 0
+            for micro_loss, micro_tokens in task.losses(batch, rank, world):
+                (micro_loss / weight).backward()
+                loss, tokens = loss + micro_loss.detach().float() / weight, tokens + micro_tokens
+            total = torch.stack(
+                [loss, torch.tensor(float(tokens), device=device), torch.tensor(float(stop), device=device)]
+            )
+            reduce_gradients(parameters, total, world)
+            value = total[0].item()
+            if not math.isfinite(value) or value == 0.0:
+                raise TrainingError(
+                    f"the loss of step {step + 1} is {value}",
+                    where=what,
+                    fix="lower the learning rate, or look at samples "
+                    + ", ".join(map(str, batch[:4]))
+                    + " …; the checkpoint before it is kept",
+                )
+
+            # 3. Clip and step.
+            norm = torch.nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.step = step + 1
+
+            # 4. Tell.
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            if journal:
+                journal.write(
+                    progress.step,
+                    {
+                        "loss": value,
+                        "lr": optimizer.param_groups[0]["lr"],
+                        "grad_norm": norm.item(),
+                        "samples_per_s": len(batch) / seconds,
+                        "tokens_per_s": total[1].item() / seconds,
+                        "peak_gib": peak_memory(device),
+                    },
+                )
+                shown.set_postfix(loss=f"{value:.3f}", lr=f"{optimizer.param_groups[0]['lr']:.1e}", refresh=False)
+                shown.update()
+
+            # 5. Evaluate, keep the best, save.
+            if _due(progress, plan):
+                _evaluate(task, plan, progress, folder, journal)
+                started = time.perf_counter()
+            stopping = total[2].item() > 0
+            if is_main() and (stopping or progress.step % plan.checkpoint_every == 0):
+                checkpoint.save(folder / CHECKPOINTS, progress.step, task.modules, optimizer, vars(progress))
+            if stopping:
+                logger.warning("%s: stopped by a signal at step %d; run the same command to go on", what, progress.step)
+                raise SystemExit(143)
+    except RuntimeError as error:
+        if not peer_died(error):
+            raise
+        told = "the newest checkpoint"
+        if is_main() and progress.step > 0:
+            checkpoint.save(folder / CHECKPOINTS, progress.step, task.modules, optimizer, vars(progress))
+            told = f"step {progress.step}, which is saved"
+        shown.close()
+        raise TrainingError(
+            f"another process of this run died at step {progress.step + 1}",
+            where=what,
+            fix=f"see what it said itself, and run the same command to go on from {told}",
+        ) from error
+
+    shown.close()
     stop.restore()
     accelerator.wait_for_everyone()
     checkpoint.load_tensors(folder / BEST, task.modules)
@@ -225,6 +237,14 @@ def reduce_gradients(parameters: Sequence[nn.Parameter], extra: Tensor, world: i
         offset += parameter.numel()
 
 
+def peer_died(error: RuntimeError) -> bool:
+    """Whether an error is a collective that another process did not take part in any more, as it is gone.
+
+    NCCL's errors have a class; gloo's are told by the source file that they name.
+    """
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 def peak_memory(device: torch.device) -> float:
     """Peak memory in GiB: of the GPU, or of the process on CPU."""
     if device.type == "cuda":
@@ -244,6 +264,12 @@ def _stream(task: Task, start: int) -> Iterator[tuple[int, Batch]]:
                 if step + i >= start:
                     yield step + i, batch
         step += len(batches)
+
+
+def _due(progress: Progress, plan: Plan) -> bool:
+    """Whether the model as it stands is still to be evaluated."""
+    now = progress.step % plan.evaluate_every == 0 or progress.step == plan.steps
+    return now and not any(entry["step"] == progress.step for entry in progress.history)
 
 
 def _evaluate(task: Task, plan: Plan, progress: Progress, folder: Path, journal: Journal | None) -> None:

@@ -7,7 +7,6 @@ label but the language model, which reads them as words of its text, as a real o
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from elmd.data.encode import Encoder
 from elmd.data.faces import GEOMETRY, SIZE, Actor, describe, geometry
 from elmd.data.prompts import SLOTS, Prompt, Task, clean
-from elmd.log import is_main
+from elmd.log import bar
 from elmd.models.tokenizer import chatglm2_tokenizer, train_pieces
 from elmd.models.vision import VisionEncoder, VisionShape
 from elmd.types import Demonstration, Sample
@@ -48,11 +46,8 @@ def descend(
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warm = max(1, steps // 20)
-    bar = tqdm(
-        range(steps), desc=what, unit="step", disable=not is_main(), file=sys.stderr,
-        mininterval=0.2 if sys.stderr.isatty() else 10, leave=sys.stderr.isatty(),
-    )  # fmt: skip
-    for step in bar:
+    shown = bar(what, range(steps), unit="step")
+    for step in shown:
         share = (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm + 1)))
         optimizer.param_groups[0]["lr"] = lr * share
         loss = losses(step)
@@ -61,7 +56,7 @@ def descend(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            shown.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 # --- language model ------------------------------------------------------------------------------------------------
