@@ -6,12 +6,9 @@ Each benchmark first shows that both ways give the same numbers. Times are of th
 from __future__ import annotations
 
 import argparse
-import math
-import random
 import statistics
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GlmConfig, GlmForCausalLM
 
+from benchmarks.samples import WIDTH, MadeUp, drawn
 from elmd.config import EergConfig, ErmConfig
 from elmd.data.collate import IGNORED
-from elmd.data.encode import Encoded
-from elmd.data.examples import Examples
 from elmd.losses import emotion_loss, separation_loss
 from elmd.models.adapter import Prefix
 from elmd.models.elmd import Elmd
@@ -33,28 +29,6 @@ from elmd.training.tokens import TokenTask
 
 #: Computes once and returns the loss and its gradients.
 Way = Callable[[], list[Tensor]]
-SLOTS, WIDTH = 40, 768  # m + o and q of VisualGLM's features at 8 frames
-
-
-class MadeUp(Examples):
-    """Samples of random ids, as uneven as CPED's: history with utterance, R and response are close to log-normal.
-
-    Medians (characters) and deviations are those of its valid split; instruction, template and slots are the same in
-    all.
-    """
-
-    def __init__(self, count: int, vocabulary: int, scale: float):
-        draw = random.Random(0)
-
-        def ids(fixed: int, median: int, most: int) -> list[int]:
-            length = round(scale * (fixed + min(most, draw.lognormvariate(math.log(median), 1.0))))
-            return [draw.randrange(3, vocabulary) for _ in range(max(2, length))]
-
-        self.rows = [Encoded(ids(60, 49, 300), SLOTS, ids(20, 16, 120), ids(3, 16, 120)) for _ in range(count)]
-        self.lengths = [row.length for row in self.rows]
-        self.samples: Any = [SimpleNamespace(id=str(i)) for i in range(count)]
-        visual = torch.randn(count, SLOTS, WIDTH, generator=torch.Generator().manual_seed(0))
-        self.features = lambda sample_id: visual[int(sample_id)]
 
 
 def step_eerg(small: bool) -> tuple[Way, Way, str]:
@@ -70,7 +44,8 @@ def step_eerg(small: bool) -> tuple[Way, Way, str]:
     llm = freeze(GlmForCausalLM(GlmConfig(**sizes)))
     model = Elmd(llm, Projector(WIDTH, hidden), Prefix.create(llm, 16, dropout=0.0))
     trained = [p for p in model.parameters() if p.requires_grad]
-    examples, everything = MadeUp(count, vocabulary, scale), list(range(count))
+    examples = MadeUp(drawn(count), vocabulary, tokens_per_character=scale)
+    everything = list(range(count))
     task = TokenTask(
         model, {}, examples, Accelerator(cpu=True), batch_size=count, seed=0, evaluate=dict,
         micro_tokens=300 if small else EergConfig.micro_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,17 @@ def test_pack_keeps_the_budget_and_every_row() -> None:
     assert [i for group in groups for i in group] == order
     assert all(max(lengths[i] for i in g) * len(g) <= 100 for g in groups)
     assert len(groups) < 40
+
+
+def test_pack_keeps_the_budget_of_split_batches() -> None:
+    draw = random.Random(1)
+    rows = [Encoded([5] * draw.randrange(1, 40), 3, [7] * draw.randrange(5), [8, 2]) for _ in range(60)]
+    lengths = [row.length for row in rows]
+    order = sorted(range(60), key=lengths.__getitem__)
+    groups = pack(lengths, order, 100, before=[len(row.before) for row in rows])
+    assert [i for group in groups for i in group] == order
+    sizes = [collate([rows[i] for i in g], [torch.zeros(3, 2)] * len(g), split=True).ids.numel() for g in groups]
+    assert max(sizes) <= 100 < max(a + b for a, b in pairwise(sizes))
 
 
 def test_token_loss_is_the_mean_over_all_target_tokens(llm, encoder) -> None:

@@ -92,16 +92,26 @@ def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None], *, split: 
     )
 
 
-def pack(lengths: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
+def pack(
+    lengths: Sequence[int], order: Sequence[int], budget: int, *, before: Sequence[int] | None = None
+) -> list[list[int]]:
     """Cut `order` (positions, sorted by length) into groups of at most `budget` tokens, padding included.
 
     A row longer than the budget gets a group of its own.
+
+    Args:
+        before: of each row's tokens, how many lie before its slots, where batches are to be split there: both sides
+            are then padded apart.
     """
     groups: list[list[int]] = []
+    left = right = 0  # columns of the last group, before and from the slots on
     for i in order:
-        longest = max(lengths[i], *(lengths[j] for j in groups[-1])) if groups else 0
-        if groups and longest * (len(groups[-1]) + 1) <= budget:
+        head = before[i] if before else 0
+        wider = max(left, head), max(right, lengths[i] - head)
+        if groups and sum(wider) * (len(groups[-1]) + 1) <= budget:
             groups[-1].append(i)
+            left, right = wider
         else:
             groups.append([i])
+            left, right = head, lengths[i] - head
     return groups

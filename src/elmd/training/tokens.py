@@ -41,6 +41,8 @@ class TokenTask:
     ):
         self.model, self.modules, self.examples, self.accelerator = model, modules, examples, accelerator
         self.batch_size, self.micro_tokens, self.seed, self.evaluate = batch_size, micro_tokens, seed, evaluate
+        # Without an adapter only the projector trains, and the tokens before the slots run without gradient.
+        self.before = [len(row.before) for row in examples.rows] if model.adapter is None else None
 
     def batches(self, epoch: int) -> list[Batch]:
         order = list(range(len(self.examples)))
@@ -54,10 +56,9 @@ class TokenTask:
         self.model.train()
         lengths = self.examples.lengths
         order = sorted(batch, key=lambda i: (lengths[i], i))
-        shares = [pack(lengths, order[one::world], self.micro_tokens) for one in range(world)]
+        shares = [pack(lengths, order[one::world], self.micro_tokens, before=self.before) for one in range(world)]
         for positions, counts in in_step(shares, rank, level=sharding(self.accelerator)):
-            # Without an adapter only the projector trains, and the tokens before the slots run without gradient.
-            micro = self.examples.batch(positions, split=self.model.adapter is None).to(self.accelerator.device)
+            micro = self.examples.batch(positions, split=self.before is not None).to(self.accelerator.device)
             yield self.model.loss(micro).sum() * counts, sum(lengths[i] for i in positions) * counts
 
 

@@ -1,0 +1,576 @@
+"""Training steps of REP and EERG at the true shapes, against how they are usually run: `python benchmarks/gpu_step.py`.
+
+ChatGLM2-6B and VisualGLM's ViT-g with Q-Former stand on one GPU with random weights; samples are random ids as long as
+CPED's. Where no GPU is, a small model goes through the same code (`--scale cpu`): compare its ratios only. Nothing is
+downloaded, and neither an installation of ELMD nor Hydra is needed. Ways of a step, all with the gradient of the same
+global batch, clipping and AdamW:
+
+elmd                  length-sorted micro-batches under a token budget, logits at targets only, REP split at the slots
+elmd, checkpointing   the same, each layer computed again in its backward pass
+elmd, no split        REP with gradient through every token
+peft                  peft's own prefix-tuning forward with the stock loss of transformers over all logits, one padded
+                      batch (or as large a part of it as fits)
+transformers          the same for REP, which has no prefix
+p-tuning              ChatGLM2's own defaults: one sample at a time, 16 accumulated, padded to the longest sample of the
+                      data, checkpointing, all logits. Emulated by ELMD's forward, as the original's code runs only
+                      on old versions and transformers' own checkpointing loses the prefix
+
+Vision features are cached by training, so steps take them as given, and frames per second stand apart.
+
+First all ways are shown to give one loss and one gradient: in float32 within 1e-4 (relative, each trained tensor), and
+in the dtype that is timed. peft moves positions by P, the original does not; here it is handed positions minus P, so
+that both compute the same, at the same cost (peft before 0.19 drops positions, and differs).
+
+Model-FLOP utilisation is the useful work over what the device could do in the time:
+
+    FLOPs = 4 N (tokens - free) + 2 N free + 4 V H targets;    utilisation = FLOPs / (seconds · peak)
+
+N are the decoder layers' parameters. A frozen weight costs 2 per token forward and 2 backward, for the gradient of the
+activations (6 where weights train as well). `free` are REP's tokens before the video slots, through which no gradient
+must pass; V·H are the parameters of the output layer, which only targets need. So all ways of a task are held against
+the same FLOPs: padding, logits that nobody needs and recomputation count as loss. Attention's own products (1 to 2 %
+at these lengths) and what trains are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if not __package__:  # run as a file: neither this package nor, without an installation, elmd is on the path
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "src")]
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
+
+from benchmarks.samples import CPED_LONGEST, SLOTS, WIDTH, Lengths, MadeUp, drawn, read
+from elmd.data.collate import IGNORED, Batch, pack
+from elmd.errors import ElmdError
+from elmd.models.adapter import Prefix
+from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
+from elmd.models.elmd import Elmd
+from elmd.models.llm import freeze, pick_dtype
+from elmd.models.memory import step_memory
+from elmd.models.projector import Projector
+from elmd.models.vision import VisionEncoder, VisionShape, pool
+from elmd.training.tokens import TokenTask
+
+#: Dense bf16 TFLOP/s by the makers' data sheets, by a part of the device's name (SXM where there are several).
+PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
+
+#: Largest relative differences of two ways: float32, and bfloat16, which rounds at 3 digits in every layer.
+FP32, BF16 = 1e-4, 0.1
+
+LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+FRAMES_PER_CLIP = 8
+REP_TARGET = 3  # an emotion word and the end of text
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes. `llm` is put over ChatGLM2-6B's own configuration; the rest are ELMD's defaults."""
+
+    llm: dict[str, Any] = field(default_factory=dict)
+    vision: VisionShape = field(default_factory=VisionShape)
+    prefix: int = 128
+    batch: int = 16
+    micro_tokens: int = 4096
+    frames: int = 64
+
+
+def _small(layers: int, vocabulary: int, heads: int, width: int = 32) -> dict[str, Any]:
+    hidden = heads * width
+    return {
+        "num_layers": layers, "padded_vocab_size": vocabulary, "hidden_size": hidden, "kv_channels": width,
+        "ffn_hidden_size": hidden * 10 // 3, "num_attention_heads": heads, "seq_length": 2048,
+    }  # fmt: skip
+
+
+def _small_vision(hidden: int) -> VisionShape:
+    return VisionShape(
+        {
+            "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "image_size": 112, "patch_size": 14,
+        },
+        {"vocab_size": 2, "hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 4 * hidden},
+    )  # fmt: skip
+
+
+#: The vocabulary of `cpu` is so small that the output layer weighs 8 % of the decoder, at 6B it is 5 %.
+SCALES = {
+    "6b": Scale(),
+    "cpu": Scale(_small(8, 2000, 8), _small_vision(128)),
+    "smoke": Scale(_small(2, 300, 2, 16), _small_vision(16), prefix=4, batch=4, micro_tokens=500, frames=8),
+}
+
+
+class Shape(NamedTuple):
+    """Of a micro-batch: B, L, columns with targets, columns before the slots."""
+
+    rows: int
+    length: int
+    keep: int
+    free: int
+
+
+class Samples(MadeUp):
+    """Notes the shape of every batch that is made of it."""
+
+    def __init__(self, *args: Any, **others: Any):
+        super().__init__(*args, **others)
+        self.shapes: set[Shape] = set()
+
+    def batch(self, positions: Sequence[int], *, split: bool = False, columns: int = 0) -> Batch:
+        """Args: columns: pad to so many."""
+        batch = super().batch(positions, split=split)
+        more = max(0, columns - batch.ids.shape[1])
+        fills: dict[str, Any] = {"ids": 0, "slots": False, "mask": False, "positions": 0, "labels": IGNORED}
+        for name, fill in fills.items():
+            setattr(batch, name, F.pad(getattr(batch, name), (more, 0), value=fill))
+        rows, length = batch.ids.shape
+        self.shapes.add(Shape(rows, length, batch.keep, batch.free))
+        return batch
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is computed: yields parts of a global batch's loss, each sent backward before the next is made."""
+
+    name: str
+    parts: Callable[[Sequence[int]], Iterator[Tensor]]
+    checkpointing: bool = False
+    all_logits: bool = False
+    rows: int | None = None
+
+
+class Task:
+    """REP or EERG at a scale, with its ways."""
+
+    def __init__(self, name: str, llm: Any, scale: Scale, samples: Samples, longest: int):
+        torch.manual_seed(0)
+        device, hidden = llm.device, llm.config.hidden_size
+        self.name, self.llm, self.scale, self.samples, self.longest = name, llm, scale, samples, longest
+        # No dropout: its draws would differ from way to way.
+        self.prefix = Prefix.create(llm, scale.prefix, dropout=0.0) if name == "eerg" else None
+        self.model = Elmd(llm, Projector(WIDTH, hidden), self.prefix).to(device).train()
+        self.again = Elmd(llm, self.model.projector, self.prefix, checkpointing=True).train()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        # At rate 0 a step does all its work, and every way starts from the same values.
+        self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.0)
+        self.decoder = sum(p.numel() for p in llm.get_decoder().layers.parameters())
+        self.head = llm.get_output_embeddings().weight.numel()
+        halves = [scale.batch // 2**i for i in range(scale.batch.bit_length())]
+        stock = "peft" if self.prefix else "transformers"
+        ptuning = Way("p-tuning", self._one_by_one, checkpointing=True, all_logits=True, rows=1)
+        #: For each way what to try, the first that fits counts.
+        self.ways = [
+            [Way("elmd", self._elmd(self.model))],
+            [Way("elmd, checkpointing", self._elmd(self.again), checkpointing=True)],
+            [Way(stock, self._stock(rows), all_logits=True, rows=rows) for rows in halves],
+            [ptuning] if self.prefix else [Way("elmd, no split", self._no_split)],
+        ]
+
+    def flops(self, batch: Sequence[int]) -> int:
+        """Useful work of a global batch."""
+        rows = [self.samples.rows[i] for i in batch]
+        free = 0 if self.prefix else sum(len(row.before) for row in rows)
+        return step_flops(self.decoder, self.head, self.tokens(batch), free, self.samples.targets(batch))
+
+    def tokens(self, batch: Sequence[int]) -> int:
+        """Real tokens of a global batch, visual ones included."""
+        return sum(self.samples.lengths[i] for i in batch)
+
+    def gradient(self, way: Way, batch: Sequence[int]) -> list[Tensor]:
+        """The loss and the gradient of each trained tensor; they stay in the tensors."""
+        total = torch.zeros((), device=self.llm.device)
+        for part in way.parts(batch):
+            part.backward()
+            total += part.detach().float()
+        return [total, *(p.grad for p in self.trained if p.grad is not None)]
+
+    def step(self, way: Way, batch: Sequence[int]) -> None:
+        """A whole training step."""
+        self.gradient(way, batch)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def predicted(self, way: Way, shapes: set[Shape]) -> int:
+        """Bytes that the largest of these micro-batches takes for a moment, by `elmd.models.memory`."""
+        return max(
+            step_memory(
+                self.llm.config, dtype=self.llm.dtype, rows=one.rows, length=one.length, free_tokens=one.free,
+                targets=one.keep + 1, checkpointing=way.checkpointing,
+                trainables=sum(p.numel() for p in self.trained), virtual=self.scale.prefix if self.prefix else 0,
+            ).step
+            for one in {one._replace(keep=one.length - 1) if way.all_logits else one for one in shapes}
+        )  # fmt: skip
+
+    def _elmd(self, model: Elmd) -> Callable[[Sequence[int]], Iterator[Tensor]]:
+        task = TokenTask(
+            model, {}, self.samples, Accelerator(cpu=self.llm.device.type == "cpu"), batch_size=self.scale.batch,
+            micro_tokens=self.scale.micro_tokens, seed=0, evaluate=dict,
+        )  # fmt: skip
+
+        def parts(batch: Sequence[int]) -> Iterator[Tensor]:
+            for loss, _ in task.losses(batch, rank=0, world=1):
+                yield loss / task.weight(batch)
+
+        return parts
+
+    def _no_split(self, batch: Sequence[int]) -> Iterator[Tensor]:
+        order = sorted(batch, key=lambda i: self.samples.lengths[i])
+        for positions in pack(self.samples.lengths, order, self.scale.micro_tokens):
+            micro = self.samples.batch(positions).to(self.llm.device)
+            yield self.model.loss(micro).sum() / self.samples.targets(batch)
+
+    def _stock(self, rows: int) -> Callable[[Sequence[int]], Iterator[Tensor]]:
+        def parts(batch: Sequence[int]) -> Iterator[Tensor]:
+            forward = self.prefix.peft if self.prefix else self.llm
+            moved = self.prefix.length if self.prefix else 0
+            for i in range(0, len(batch), rows):
+                micro = self.samples.batch(batch[i : i + rows]).to(self.llm.device)
+                yield forward(
+                    inputs_embeds=self.model.embed(micro), attention_mask=micro.mask.long(), labels=micro.labels,
+                    position_ids=micro.positions - moved, num_items_in_batch=self.samples.targets(batch),
+                ).loss  # fmt: skip
+
+        return parts
+
+    def _one_by_one(self, batch: Sequence[int]) -> Iterator[Tensor]:
+        for i in batch:
+            micro = self.samples.batch([i], columns=self.longest).to(self.llm.device)
+            # The original averages over each sample first; weighted by tokens, the cost is the same.
+            yield self.llm.loss_function(
+                logits=self.again(micro, keep=0).logits, labels=micro.labels, vocab_size=self.llm.config.vocab_size,
+                num_items_in_batch=self.samples.targets(batch),
+            )  # fmt: skip
+
+
+def step_flops(decoder: int, head: int, tokens: int, free: int, targets: int) -> int:
+    """The module's formula, for parameters of decoder layers and output layer."""
+    return 4 * decoder * (tokens - free) + 2 * decoder * free + 4 * head * targets
+
+
+def language_model(scale: Scale, device: torch.device, dtype: torch.dtype) -> Any:
+    """The frozen language model with random weights, made where and as it stays: no second copy."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return freeze(
+            AutoModelForCausalLM.from_config(
+                native_config(CHATGLM2_6B | scale.llm), dtype=dtype, attn_implementation="sdpa"
+            )
+        )
+
+
+def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest relative difference over the tensors; NaN where there is one."""
+    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, wanted, strict=True)]).max().item()
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of `work`, the device's own work included; on CPU this process's own time, whoever else is busy there."""
+    if device.type != "cuda":
+        started = time.process_time()
+        work()
+        return time.process_time() - started
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def attempt(task: Task, way: Way, batch: Sequence[int]) -> float | None:
+    """Seconds of a training step; None where the device has not the memory for it."""
+    try:
+        return timed(lambda: task.step(way, batch), task.llm.device)
+    except torch.OutOfMemoryError:
+        pass
+    task.optimizer.zero_grad(set_to_none=True)  # outside of the handler, whose traceback holds the step's tensors
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
+def agree(task: Task, ways: Sequence[Way], batch: Sequence[int]) -> dict[str, float]:
+    """Each way's largest relative difference of loss and gradients from the first one's.
+
+    Raises:
+        AssertionError: it is too large.
+    """
+    most = FP32 if task.llm.dtype == torch.float32 else BF16
+    found: dict[str, list[Tensor]] = {}
+    for way in ways:
+        found[way.name] = [tensor.clone() for tensor in task.gradient(way, batch)]
+        task.optimizer.zero_grad(set_to_none=True)
+    first = found[ways[0].name]
+    off = {name: difference(tensors, first) for name, tensors in found.items()}
+    for name, one in off.items():
+        assert one < most, f"{task.name}: {name} differs from {ways[0].name} by {one:.1e}"
+    return off
+
+
+def memory(task: Task, way: Way, batch: Sequence[int]) -> dict[str, Any]:
+    """Bytes at the peak of a step's gradient: in all (GPU), and above what stands before and after it."""
+    device = task.llm.device
+    found: dict[str, Any]
+    task.samples.shapes.clear()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        task.gradient(way, batch)
+        peak = torch.cuda.max_memory_allocated(device)
+        found = {"peak_bytes": peak, "step_bytes": peak - before}
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            task.gradient(way, batch)
+        assert seen.profiler is not None
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        now = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            peak = max(peak, now)
+        found = {"peak_bytes": None, "step_bytes": peak}
+    task.optimizer.zero_grad(set_to_none=True)
+    predicted = task.predicted(way, task.samples.shapes)
+    deviation = 100 * (predicted / found["step_bytes"] - 1)
+    return {**found, "predicted_step_bytes": predicted, "deviation_percent": deviation,
+            "micro_batches": sorted(task.samples.shapes)}  # fmt: skip
+
+
+def compare(task: Task, rounds: int, peak: float | None, save: Callable[[dict[str, Any]], None]) -> None:
+    """Check, then measure a task's ways in turn, each round on another batch; `save` is handed what is known so far.
+
+    Args:
+        peak: FLOP/s of the device.
+    """
+    size, tokens = task.scale.batch, task.samples.lengths
+    batches = [list(range(i, i + size)) for i in range(0, len(tokens), size)]
+    heaviest = max(batches, key=lambda batch: (max(tokens[i] for i in batch), task.tokens(batch)))
+    ways: list[Way] = []
+    result: dict[str, Any] = {}
+    for candidates in task.ways:
+        found = next((way for way in candidates if attempt(task, way, heaviest) is not None), None)  # also warms up
+        result[candidates[0].name] = {"fits": found is not None}
+        if found is not None:
+            ways.append(found)
+            result[found.name] |= {"rows": found.rows, **memory(task, found, heaviest)}
+            save(result)
+    for name, off in agree(task, ways, batches[0]).items():
+        result[name]["largest_relative_difference"] = off
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    for i in range(rounds):
+        for way in ways[:: 1 if i % 2 else -1]:
+            took = attempt(task, way, batches[i])
+            if took is None:
+                result[way.name] = {"fits": False}
+                ways.remove(way)
+            else:
+                seconds[way.name].append(took)
+        for way in ways:
+            result[way.name] |= _figures(task, batches, seconds[way.name], seconds[ways[0].name], peak)
+        save(result)
+
+
+def _figures(
+    task: Task, batches: Sequence[Sequence[int]], seconds: list[float], first: list[float], peak: float | None
+) -> dict[str, Any]:
+    """Medians over rounds; `slower` is the ratio to the first way's time on the same batch."""
+    ratios = [a / b for a, b in zip(seconds, first, strict=True)]
+    pairs = list(zip(batches, seconds, strict=False))
+    return {
+        "seconds": seconds,
+        "median_s": statistics.median(seconds),
+        "samples_per_s": statistics.median(len(batch) / s for batch, s in pairs),
+        "tokens_per_s": statistics.median(task.tokens(batch) / s for batch, s in pairs),
+        "mfu_percent": statistics.median(100 * task.flops(batch) / s / peak for batch, s in pairs) if peak else None,
+        "slower": statistics.median(ratios),
+        "slower_range": [min(ratios), max(ratios)],
+    }
+
+
+@torch.inference_mode()
+def features(scale: Scale, device: torch.device, dtype: torch.dtype, rounds: int, peak: float | None) -> dict[str, Any]:
+    """Frames per second of what stage `features` does after decoding: one batch of frames to V_c."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        encoder = freeze(VisionEncoder(scale.vision))
+    encoder.vision_model.to(dtype)
+    frames = torch.randint(0, 256, (scale.frames, encoder.image_size, encoder.image_size, 3), dtype=torch.uint8)
+
+    def encode() -> list[Tensor]:
+        clips = encoder(encoder.pixels(frames)).split(FRAMES_PER_CLIP)
+        return [pool(x).half().cpu() for x in clips]
+
+    encode()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = [timed(encode, device) for _ in range(rounds)]
+    layers = sum(p.numel() for p in encoder.vision_model.encoder.parameters())
+    tokens = (encoder.image_size // encoder.vision_model.config.patch_size) ** 2 + 1
+    rate = scale.frames / statistics.median(seconds)
+    return {
+        "parameters": sum(p.numel() for p in encoder.parameters()),
+        "frames": scale.frames,
+        "seconds": seconds,
+        "frames_per_s": rate,
+        "mfu_percent": 100 * 2 * layers * tokens * rate / peak if peak else None,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def lengths(count: int, data: Path | None) -> tuple[list[Lengths], int]:
+    """Lengths of so many samples, and characters of the longest one of the data."""
+    if data is None:
+        return drawn(count), CPED_LONGEST
+    real = read(data)
+    return random.Random(0).choices(real, k=count), max(map(sum, real))
+
+
+def tables(report: dict[str, Any]) -> str:
+    """The report in Markdown."""
+
+    def number(value: float | None, digits: int = 0) -> str:
+        return "–" if value is None else f"{value:,.{digits}f}".replace(",", " ")
+
+    def gib(value: int | None) -> str:
+        return number(None if value is None else value / 2**30, 2)
+
+    lines = [f"{report['device']}; {', '.join(f'{k} {v}' for k, v in report['versions'].items())}; {report['dtype']}"]
+    lines += [f"`{report['command']}`", ""]
+    if seen := report.get("features"):
+        lines += ["| features | frames/s | utilisation, % | peak, GiB |", "|---|---:|---:|---:|"]
+        cells = [number(seen["frames_per_s"]), number(seen["mfu_percent"], 1), gib(seen["peak_bytes"])]
+        lines += [f"| ViT and Q-Former, {seen['parameters'] / 1e6:,.1f} M | {' | '.join(cells)} |", ""]
+    for name, task in report["tasks"].items():
+        about = task["about"]
+        lines += [
+            f"{name.upper()}: {about['samples']} samples of {about['shortest']} to {about['longest']} tokens, mean "
+            f"{about['mean']:.0f}",
+            "",
+            "| way | s/step | × the first way (range) | samples/s | tokens/s | utilisation, % | peak, GiB "
+            "| of it the step, GiB | predicted, GiB (off) | differs by |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for way, one in task["ways"].items():
+            if not one["fits"]:
+                lines.append(f"| {way} | does not fit |||||||||")
+            elif "median_s" in one:
+                low, high = one["slower_range"]
+                cells = [
+                    number(one["median_s"], 3), f"{one['slower']:.2f} ({low:.2f}–{high:.2f})",
+                    number(one["samples_per_s"], 2), number(one["tokens_per_s"]), number(one["mfu_percent"], 1),
+                    gib(one["peak_bytes"]), gib(one["step_bytes"]),
+                    f"{gib(one['predicted_step_bytes'])} ({one['deviation_percent']:+.0f} %)",
+                    f"{one['largest_relative_difference']:.0e}",
+                ]  # fmt: skip
+                rows = f", batch of {one['rows']}" if one["rows"] else ""
+                lines.append(f"| {way}{rows} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All of it; returns the report, which also stands in `args.out` after each part."""
+    device = torch.device(args.device)
+    dtype, scale = pick_dtype("auto", device), SCALES[args.scale]
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    tflops = args.peak_tflops or next((value for part, value in PEAKS.items() if part in name), None)
+    peak = tflops * 1e12 if tflops else None
+    report: dict[str, Any] = {
+        "device": name, "dtype": str(dtype).removeprefix("torch."), "scale": args.scale, "peak_tflops": tflops,
+        "memory_bytes": torch.cuda.get_device_properties(device).total_memory if on_gpu else None,
+        "versions": {part: importlib.metadata.version(part) for part in LIBRARIES},
+        "command": f"python benchmarks/gpu_step.py {' '.join(sys.argv[1:])}".strip(),
+        "tokens_per_character": args.tokens_per_character, "sizes": asdict(scale), "tasks": {},
+    }  # fmt: skip
+
+    def save() -> None:
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            for file, text in (("gpu_step.json", json.dumps(report, indent=1)), ("gpu_step.md", tables(report))):
+                (args.out / f"{file}.tmp").write_text(text + "\n", encoding="utf-8")
+                (args.out / f"{file}.tmp").replace(args.out / file)
+
+    def task_of(kind: str, llm: Any, scale: Scale, rounds: int) -> Task:
+        found, longest = lengths(rounds * scale.batch, args.data)
+        samples = Samples(
+            found, llm.config.vocab_size, tokens_per_character=args.tokens_per_character,
+            target=REP_TARGET if kind == "rep" else None,
+        )  # fmt: skip
+        fixed = max(SLOTS + round(args.tokens_per_character * longest), *samples.lengths)
+        return Task(kind, llm, scale, samples, fixed)
+
+    if dtype != torch.float32:  # exactly, before what rounds
+        small = SCALES["cpu"]
+        llm = language_model(small, device, torch.float32)
+        for kind in ("rep", "eerg"):
+            task = task_of(kind, llm, small, 1)
+            report.setdefault("float32_differences", {})[kind] = agree(
+                task, [candidates[0] for candidates in task.ways], range(small.batch)
+            )
+        del llm, task
+    report["features"] = features(scale, device, dtype, args.rounds, peak)
+    save()
+    gc.collect()
+    llm = language_model(scale, device, dtype)
+    report["parameters"] = sum(p.numel() for p in llm.parameters())
+    for kind in ("rep", "eerg"):
+        task = task_of(kind, llm, scale, args.rounds)
+        tokens = task.samples.lengths
+        about = {
+            "samples": len(tokens), "shortest": min(tokens), "longest": max(tokens), "mean": statistics.mean(tokens),
+            "padded_to": task.longest,
+            "share_before_slots": sum(len(row.before) for row in task.samples.rows) / sum(tokens),
+        }  # fmt: skip
+
+        def keep(ways: dict[str, Any], kind: str = kind, about: dict[str, Any] = about) -> None:
+            report["tasks"][kind] = {"about": about, "ways": ways}
+            save()
+
+        compare(task, args.rounds, peak, keep)
+    return report
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="6b" if gpu else "cpu", help="sizes (6b on a GPU, else cpu)")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each way, each on its own batch (9)")
+    parser.add_argument("--out", type=Path, help="folder for gpu_step.json and gpu_step.md, written as it goes")
+    parser.add_argument("--data", type=Path, help="a CPED csv to take lengths from, instead of its recorded quantiles")
+    parser.add_argument(
+        "--tokens-per-character", type=float, default=0.7,
+        help="0.7, an assumption for ChatGLM2's vocabulary on colloquial Chinese",
+    )  # fmt: skip
+    parser.add_argument("--peak-tflops", type=float, help="of the device, dense, where its name is not known")
+    args = parser.parse_args()
+    try:
+        print(tables(run(args)))
+    except ElmdError as error:
+        if os.environ.get("ELMD_DEBUG"):
+            raise
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The training-step benchmark at its smallest size: its ways agree, its figures are there, its formula counts right."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import ROOT
+from elmd.config import EergConfig, PromptConfig, RepConfig, VisionConfig
+from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
+
+WAYS = {
+    "rep": ["elmd", "elmd, checkpointing", "transformers", "elmd, no split"],
+    "eerg": ["elmd", "elmd, checkpointing", "peft", "p-tuning"],
+}
+#: As on a machine that has PyTorch and the libraries around it, but not what the command lines need.
+BARE = (
+    "import runpy, sys\n"
+    "for name in ('hydra', 'omegaconf', 'decord', 'av', 'nltk', 'jieba', 'rouge_chinese'): sys.modules[name] = None\n"
+    "runpy.run_path('benchmarks/gpu_step.py', run_name='__main__')\n"
+)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT)
+    import benchmarks.gpu_step
+
+    return benchmarks.gpu_step
+
+
+@pytest.fixture
+def samples(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT)
+    import benchmarks.samples
+
+    return benchmarks.samples
+
+
+def task(bench: ModuleType, kind: str, dtype: torch.dtype = torch.float32, rounds: int = 1) -> Any:
+    scale = bench.SCALES["smoke"]
+    llm = bench.language_model(scale, torch.device("cpu"), dtype)
+    found, _ = bench.lengths(rounds * scale.batch, None)
+    rows = bench.Samples(found, 300, tokens_per_character=0.3, target=3 if kind == "rep" else None)
+    return bench.Task(kind, llm, scale, rows, longest=400)
+
+
+def test_it_runs_as_a_file_with_few_libraries_and_leaves_its_figures(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, "--scale", "smoke", "--device", "cpu", "--rounds", "2", "--out", str(tmp_path),
+         "--peak-tflops", "0.1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": "src"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gpu_step.json").read_text())
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["peak_tflops"] == 0.1
+    assert report["features"]["frames_per_s"] > 0
+    assert {kind: list(found["ways"]) for kind, found in report["tasks"].items()} == WAYS
+    for found in report["tasks"].values():
+        assert found["about"]["samples"] == 2 * 4
+        for way in found["ways"].values():
+            assert way["fits"]
+            assert way["largest_relative_difference"] < 1e-4
+            assert len(way["seconds"]) == 2
+            assert way["tokens_per_s"] > way["samples_per_s"] > 0
+            assert 0 < way["mfu_percent"] < 200
+            assert way["step_bytes"] > 0
+            assert abs(way["deviation_percent"]) < 40  # small steps: what is not predicted weighs more
+        assert found["ways"]["elmd"]["slower_range"] == [1, 1]
+    text = (tmp_path / "gpu_step.md").read_text()
+    assert text == done.stdout
+    assert "| p-tuning, batch of 1 | " in text
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted"),
+    [
+        (0, 4 * 10 * 7 + 4 * 6 * 2),  # every token forward and backward, two logits
+        (3, 2 * 10 * 3 + 4 * 10 * 4 + 4 * 6 * 2),  # three of the seven tokens forward only
+    ],
+)
+def test_the_formula_by_hand(bench: ModuleType, free: int, wanted: int) -> None:
+    assert bench.step_flops(decoder=10, head=6, tokens=7, free=free, targets=2) == wanted
+
+
+def test_a_step_counts_its_own_tokens(bench: ModuleType) -> None:
+    rep, eerg = task(bench, "rep"), task(bench, "eerg")
+    # Two layers of q, k, v (two groups), o, gate, up, down and two norms; a bias at q, k and v. Width 32, inner 106.
+    layer = (32 * 32 + 32) + 2 * (32 * 32 + 32) + 32 * 32 + 3 * 32 * 106 + 2 * 32
+    assert (eerg.decoder, eerg.head) == (2 * layer, 300 * 32)
+    rows = [eerg.samples.rows[i] for i in (0, 2)]
+    length, targets = sum(row.length for row in rows), sum(len(row.target) for row in rows)
+    assert eerg.tokens([0, 2]) == length
+    assert eerg.flops([0, 2]) == 4 * (2 * layer * length + 300 * 32 * targets)
+    row = rep.samples.rows[1]
+    assert rep.flops([1]) == 2 * layer * (4 * row.length - 2 * len(row.before)) + 4 * 300 * 32 * 3
+
+
+def test_the_true_shape_is_chatglm2_6b(bench: ModuleType) -> None:
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(native_config(CHATGLM2_6B | bench.SCALES["6b"].llm))
+    assert sum(p.numel() for p in llm.parameters()) == 6_243_584_000  # the index of the public checkpoint: 12.49 GB
+    with torch.device("meta"):
+        encoder = bench.VisionEncoder(bench.SCALES["6b"].vision)
+    assert sum(p.numel() for p in encoder.vision_model.parameters()) == 985_952_256
+
+
+def test_its_sizes_are_those_of_the_configuration(bench: ModuleType, samples: ModuleType) -> None:
+    scale, eerg, rep = bench.Scale(), EergConfig(), RepConfig()
+    assert (scale.prefix, scale.batch, scale.micro_tokens) == (eerg.prefix_length, eerg.batch_size, eerg.micro_tokens)
+    assert (scale.batch, scale.micro_tokens) == (rep.batch_size, rep.micro_tokens)
+    assert (scale.frames, bench.FRAMES_PER_CLIP) == (VisionConfig.batch_frames, VisionConfig.frames)
+    assert PromptConfig.max_target_tokens == samples.LONGEST_TARGET
+    assert bench.FRAMES_PER_CLIP + scale.vision.num_query_tokens == samples.SLOTS
+
+
+def test_ways_agree_in_half_precision_as_far_as_it_goes(bench: ModuleType) -> None:
+    one = task(bench, "eerg", torch.bfloat16)
+    off = bench.agree(one, [candidates[0] for candidates in one.ways], range(4))
+    assert 1e-4 < off["p-tuning"] < bench.BF16
+
+
+def test_half_precision_is_timed_after_the_ways_agree_in_float32(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "pick_dtype", lambda *_: torch.bfloat16)  # as on a GPU
+    monkeypatch.setitem(bench.SCALES, "cpu", bench.SCALES["smoke"])
+    args = Namespace(
+        device="cpu", scale="smoke", rounds=1, out=None, data=None, tokens_per_character=0.3, peak_tflops=None
+    )
+    report = bench.run(args)
+    assert report["dtype"] == "bfloat16"
+    for kind, off in report["float32_differences"].items():
+        assert list(off) == WAYS[kind]
+        assert max(off.values()) < 1e-4 < report["tasks"][kind]["ways"][WAYS[kind][3]]["largest_relative_difference"]
+
+
+@pytest.mark.parametrize("kind", ["rep", "eerg"])
+def test_a_way_that_computes_something_else_is_found_out(
+    bench: ModuleType, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = task(bench, kind)
+    ways = [candidates[0] for candidates in one.ways]
+    plain = one.samples.batch
+
+    def moved(positions: Any, **others: Any) -> Any:
+        batch = plain(positions, **others)
+        if not others:  # neither ELMD's batches (split=…) nor those of p-tuning (columns=…)
+            batch.labels = batch.labels.roll(1, 1)
+        return batch
+
+    monkeypatch.setattr(one.samples, "batch", moved)
+    with pytest.raises(AssertionError, match=f"{kind}: {ways[2].name} differs from elmd by"):
+        bench.agree(one, ways, range(4))
+
+
+def test_what_does_not_fit_is_tried_smaller_and_told(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = task(bench, "eerg", rounds=2)
+    step, saved = one.step, []
+
+    def short(way: Any, batch: Any) -> None:
+        if way.checkpointing or (way.rows or 0) > 2:
+            raise torch.OutOfMemoryError("no room")
+        step(way, batch)
+
+    monkeypatch.setattr(one, "step", short)
+    bench.compare(one, 2, None, lambda result: saved.append(json.loads(json.dumps(result))))
+    last = saved[-1]
+    assert {name: way["fits"] for name, way in last.items()} == {
+        "elmd": True, "elmd, checkpointing": False, "peft": True, "p-tuning": False,
+    }  # fmt: skip
+    assert last["peft"]["rows"] == 2
+    assert last["peft"]["mfu_percent"] is None
+    assert any("seconds" not in result.get("peft", {}) for result in saved)  # what is known stands there at once
+    report = {"device": "x", "dtype": "y", "versions": {}, "command": "c"}
+    about = {"samples": 8, "shortest": 1, "longest": 2, "mean": 1.5}
+    assert "| p-tuning | does not fit |" in bench.tables({**report, "tasks": {"eerg": {"about": about, "ways": last}}})
+
+
+def test_lengths_are_drawn_like_those_of_the_data(samples: ModuleType, shared: Path) -> None:
+    real = samples.read(shared / "data" / "cped" / "valid_split.csv")
+    made = samples.drawn(4000)
+    assert len(real) == 2699
+    assert max(map(sum, real)) == samples.CPED_LONGEST
+    for part in samples.Lengths._fields:
+        a, b = (sorted(getattr(one, part) for one in every) for every in (real, made))
+        for share in (0.1, 0.5, 0.9):
+            assert b[int(share * len(b))] == pytest.approx(a[int(share * len(a))], rel=0.08)
+        assert sum(b) / len(b) == pytest.approx(sum(a) / len(a), rel=0.08)
+
+
+def test_lengths_of_a_missing_file_are_one_sentence(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu_step", "--scale", "smoke", "--device", "cpu", "--data", "nowhere.csv"])
+    monkeypatch.setattr(bench, "features", lambda *_: None)
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere\.csv"):
+        bench.main()
+
+
+def test_a_device_of_unknown_name_has_no_utilisation(bench: ModuleType) -> None:
+    assert bench.PEAKS["H200"] == 989
+    seen = SimpleNamespace(flops=lambda _: 989e12, tokens=lambda _: 10)
+    assert bench._figures(seen, [[0]], [2.0], [1.0], None)["mfu_percent"] is None
+    figures = bench._figures(seen, [[0]], [2.0], [1.0], 989e12)
+    assert (figures["mfu_percent"], figures["tokens_per_s"], figures["slower"]) == (50, 5, 2)
