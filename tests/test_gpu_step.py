@@ -63,7 +63,7 @@ def test_it_runs_as_a_file_with_few_libraries_and_leaves_its_figures(tmp_path: P
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "gpu_step.json").read_text())
-    assert report["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["versions"]["torch"])
     assert report["peak_tflops"] == 0.1
     assert report["features"]["frames_per_s"] > 0
     assert {kind: list(found["ways"]) for kind, found in report["tasks"].items()} == WAYS
