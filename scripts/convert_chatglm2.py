@@ -8,7 +8,8 @@ SRC holds config.json, tokenizer.model and the weights (pytorch_model-*.bin or m
 is not run. DST gets weights in safetensors, configuration and tokenizer; use it as llm.path=DST. --ptuning takes the
 prefix that ChatGLM2's own ptuning/main.py trained (a file, or the folder of a checkpoint) and writes it to DST/adapter;
 with DST alone, which was converted before, only that. Needs the size of the weights on disk again, and memory for one
-shard. Nothing is left behind where it fails. Exit code: 0 done, 1 cannot be done, 2 wrong arguments.
+shard. Nothing is left behind where it fails;
+a killed one leaves DST.partial, which the next removes. Exit code: 0 done, 1 cannot be done, 2 wrong arguments.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=first, epilog="\n\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("src", nargs="?", type=Path, metavar="SRC", help="folder of the original checkpoint")
-    parser.add_argument("dst", type=Path, metavar="DST", help="folder for the result; must not exist yet")
+    parser.add_argument(
+        "dst",
+        type=Path,
+        metavar="DST",
+        help="folder for the result, new or empty; with --ptuning alone, one that was converted before",
+    )
     parser.add_argument("--ptuning", type=Path, metavar="PATH", help="P-Tuning v2 prefix to convert too")
     args = parser.parse_args(arguments)
     if args.src is None and args.ptuning is None:
@@ -45,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def convert(src: Path | None, dst: Path, ptuning: Path | None) -> None:
     if src is None:
         assert ptuning is not None
-        log.table(f"Converted {ptuning}", ["", ""], [["virtual tokens", convert_prefix(ptuning, dst)]])
+        log.table(f"Converted {ptuning}", ["", "value"], [["virtual tokens", convert_prefix(ptuning, dst)]])
         return
     result = convert_chatglm2(src, dst, ptuning)
     rows: list[list[Any]] = [
@@ -58,7 +64,7 @@ def convert(src: Path | None, dst: Path, ptuning: Path | None) -> None:
         ["rows of the embedding", result.config.vocab_size],
         ["virtual tokens of the prefix", result.prefix],
     ]
-    log.table(f"Converted {src}", ["", ""], rows)
+    log.table(f"Converted {src}", ["", "value"], rows)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=first, epilog="\n\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("src", type=Path, metavar="SRC", help="folder of the original checkpoint")
-    parser.add_argument("dst", type=Path, metavar="DST", help="folder for the result; must not exist yet")
+    parser.add_argument("dst", type=Path, metavar="DST", help="folder for the result; new or empty")
     args = parser.parse_args(arguments)
     log.setup()
     guard(lambda: convert(args.src, args.dst))
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def convert(src: Path, dst: Path) -> None:
     result = convert_visualglm(src, dst)
-    rows = [
+    rows: list[list[object]] = [
         ["tensors", result.written.tensors],
         ["parameters", result.written.parameters],
         ["files", result.written.files],
@@ -42,7 +42,7 @@ def convert(src: Path, dst: Path) -> None:
         [f"numbers of glm_proj, in {PROJECTION}", " × ".join(map(str, result.projection))],
         *([f"left out: {start}… (language model), tensors", count] for start, count in result.left_out.items()),
     ]
-    log.table(f"Converted {src}", ["", ""], rows)
+    log.table(f"Converted {src}", ["", "value"], rows)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def test_a_stage_killed_at_its_very_end_resumes(runs: Path, chain: dict[str, Pat
 def test_a_missing_upstream_names_the_command(tmp_path: Path) -> None:
     done = run(tmp_path / "runs", "stage=eerg", code=1)
     assert "which has not been made for this configuration" in done.stderr
-    assert "run the same command with stage=prepare first" in done.stderr
+    assert "run python -m elmd.train with the same choices and stage=prepare first" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import runpy
@@ -335,7 +336,7 @@ QKV = "transformer.encoder.layers.1.self_attention.query_key_value.weight"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "src: is not a folder"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: is missing"),
     "config cut": (lambda f: _cut(f / "config.json"), "config.json: cannot be read"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: is not a JSON object"),
     "tokenizer a pointer": (
@@ -403,6 +404,21 @@ def test_damaged_files(checkpoint: Path, tmp_path: Path, damage: str) -> None:
         convert_chatglm2(checkpoint, tmp_path / "dst")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir() if path.name != "src"] == []
+
+
+def test_two_at_once_do_not_spoil_each_other(checkpoint: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "dst.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_text("the other's")
+    handle = os.open(partial, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(CheckpointError, match="dst: is being written by another process; wait for it"):
+        convert_chatglm2(checkpoint, tmp_path / "dst")
+    assert (partial / "model.safetensors").read_text() == "the other's"
+    os.close(handle)  # as if it had been killed
+    convert_chatglm2(checkpoint, tmp_path / "dst")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    assert not partial.exists()
 
 
 def test_a_folder_that_is_taken_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:

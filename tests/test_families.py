@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,27 @@ def test_saved_adapters_load_and_hold_nothing_else(folder: Path, tmp_path: Path,
         assert torch.equal(again.loss(batch), model.loss(batch))
 
 
+@pytest.mark.parametrize("adapter", ["prefix", "lora"])
+def test_saved_adapters_go_on_training(folder: Path, tmp_path: Path, adapter: str) -> None:
+    model, data = build(folder, adapter)
+    model.adapter.save(tmp_path)
+    llm, _ = load_llm(folder)
+    again = Elmd(llm, model.projector, load_adapter(llm, tmp_path, trainable=True, dropout=0.2)).eval()
+    assert_equal_steps(step(again, data), step(model.eval(), data))
+    again.train()
+    assert adapter == "lora" or not torch.equal(step(again, data)[0], step(model, data)[0]), "dropout as asked for"
+
+
+def test_a_prefix_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    build(folder, "prefix")[0].adapter.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "num_layers": 7}))
+    with pytest.raises(
+        CheckpointError, match=r"is a prefix of 7 layers, .* this language model has 2, .* trained with"
+    ):
+        load_adapter(load_llm(folder)[0], tmp_path)
+
+
 def test_a_folder_without_an_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
     llm, _ = load_llm(folder)
     with pytest.raises(CheckpointError, match="holds no adapter for this language model; train it with this llm"):
@@ -198,6 +220,12 @@ def test_a_folder_without_an_adapter_is_refused(folder: Path, tmp_path: Path) ->
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(CheckpointError, match="holds no adapter"):
         load_adapter(llm, tmp_path)
+
+
+def test_weights_go_straight_to_where_they_are_wanted(folder: Path) -> None:
+    llm, _ = load_llm(folder, onto="meta")
+    assert {p.device.type for p in llm.parameters()} == {"meta"}, "they never were anywhere else"
+    assert {p.device.type for p in load_llm(folder)[0].parameters()} == {"cpu"}
 
 
 def test_language_models_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:

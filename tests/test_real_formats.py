@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import chatglm2_reference
 import visualglm_reference
@@ -49,7 +50,7 @@ def train(work: Path, *choices: str) -> dict[str, Path]:
 
 
 def test_converted_chatglm2_and_visualglm(work: Path) -> None:
-    chatglm2_reference.random_checkpoint(work / "chatglm2", layers=3, shards=2, format="bin")
+    chatglm2_reference.random_checkpoint(work / "chatglm2", layers=3, shards=2, format="bin", prefix=6)
     visualglm_reference.random_checkpoint(work / "visualglm", visualglm_reference.Sizes(llm_hidden=64), shards=2)
     python(work, ROOT / "scripts/convert_chatglm2.py", "chatglm2", "llm")
     python(work, ROOT / "scripts/convert_visualglm.py", "visualglm", "vision")
@@ -60,6 +61,16 @@ def test_converted_chatglm2_and_visualglm(work: Path) -> None:
     assert manifest["metrics"]["trained"] == {"adapter": 4 * 3 * 2 * 2 * 16, "projector": 24 * 64 + 64}
     assert not (work / "runs/bootstrap/llm").exists(), "no stand-in was made"
     assert not (work / "runs/bootstrap/vision").exists()
+    # A prefix that the original's p-tuning trained: beside the model it changes nothing; EERG goes on from it.
+    python(work, ROOT / "scripts/convert_chatglm2.py", "llm", "--ptuning", "chatglm2/ptuning")
+    again = train(work, *groups, "eerg.adapter_from=llm/adapter", "eerg.steps=0")
+    assert again["rep"] == made["rep"]
+    assert again["eerg"] != made["eerg"]
+    saved, converted = (
+        load_file(work / one / "adapter_model.safetensors") for one in (again["eerg"] / "adapter", "llm/adapter")
+    )
+    assert saved["prompt_embeddings"].shape == (6, 3 * 2 * 2 * 16)
+    assert saved["prompt_embeddings"].equal(converted["prompt_embeddings"])
     python(work, "-m", "elmd.evaluate", *[one for one in SMALL if one != "stage=all"], *groups)
     scores = json.loads((work / "runs/experiments/tiny/scores.json").read_text("utf-8"))
     assert scores["n"] == 8

@@ -119,7 +119,7 @@ def guard(act: Callable[[], Any]) -> None:
     try:
         act()
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command to go on", file=sys.stderr)
+        print("\ninterrupted; run the same command again", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if os.environ.get("ELMD_DEBUG") == "1":

@@ -220,6 +220,7 @@ class EergConfig:
     steps: int = 3000  # ChatGLM2's own p-tuning
     batch_size: int = 16  # §4.3
     adapter: AdapterKind = AdapterKind.prefix  # §4.3: P-tuning of the language model; lora and none are ours
+    adapter_from: str | None = None  # an adapter's folder to begin with, such as a converted prefix; None: a new one
     lr_adapter: float = 2e-2  # §4.3
     lr_projector: float = 2e-2  # §4.3 (preset `paper`; preset `safe` has 2e-5)
     projector_from: ProjectorInit = ProjectorInit.rep

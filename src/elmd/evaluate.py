@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elmd.cli import command, experiment_folder
-from elmd.config import Config
+from elmd.config import Config, StageName
+from elmd.errors import ConfigError
 from elmd.log import logger, table
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ def evaluate(cfg: Config, accelerator: Accelerator) -> None:
         if accelerator.is_main_process:
             score_file(Path(cfg.predictions), Path(cfg.runs_dir) / "experiments")
         return
+
+    if cfg.stage is not StageName.all:
+        raise ConfigError("has no stages", where="elmd.evaluate", fix="leave stage= out; python -m elmd.train has them")
 
     from elmd.data.samples import load_samples
     from elmd.evaluation.score import read_predictions

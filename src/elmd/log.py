@@ -34,7 +34,7 @@ def console() -> Console:
 def setup(level: int = logging.INFO) -> None:
     """Send ELMD's log lines to standard error; called by command lines only, never on import."""
     logger.handlers = [RichHandler(console=console(), show_path=False, markup=False, log_time_format="%H:%M:%S")]
-    logger.setLevel(level if is_main() else logging.WARNING)
+    logger.setLevel(level if is_main() else logging.ERROR)  # the others would repeat every warning
     logger.propagate = False
 
 
@@ -49,9 +49,21 @@ def bar(
     """
     seen = sys.stderr.isatty()
     return tqdm(
-        items, desc=what, total=total, initial=initial, unit=unit, disable=not is_main(), file=sys.stderr, delay=delay,
-        mininterval=0.2 if seen else 10, dynamic_ncols=True, leave=seen,
+        items, desc=what, total=total, initial=initial, unit=unit, disable=not is_main(),
+        file=sys.stderr if seen else Lines(), delay=delay if seen else 10, mininterval=0.2 if seen else 10,
+        dynamic_ncols=seen, ncols=None if seen else 100, leave=seen,
     )  # fmt: skip
+
+
+class Lines:
+    """Where bars go when there is no terminal: each state on a line of its own, so that log lines stay whole."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            sys.stderr.write(line + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def progress(items: Iterable[T], what: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
@@ -56,6 +57,7 @@ class Prefix(nn.Module):
     """
 
     peft: Any
+    table: Any
 
     def __init__(self, peft: PeftModel, dropout: float = 0.0):
         super().__init__()
@@ -66,12 +68,10 @@ class Prefix(nn.Module):
     @classmethod
     def create(cls, llm: PreTrainedModel, length: int, dropout: float) -> Prefix:
         """A new table without reparametrisation, drawn from N(0, 1) as in the original."""
-        shape = llm.config.get_text_config(decoder=True)
-        heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-        width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        layers, heads, numbers = _prefix_shape(llm)
         config = PrefixTuningConfig(
             task_type=TaskType.CAUSAL_LM, num_virtual_tokens=length, prefix_projection=False,
-            num_layers=shape.num_hidden_layers, num_attention_heads=heads, token_dim=heads * width,
+            num_layers=layers, num_attention_heads=heads, token_dim=numbers,
         )  # fmt: skip
         return cls(get_peft_model(llm, config), dropout)
 
@@ -131,18 +131,46 @@ class Lora(nn.Module):
 Adapter = Prefix | Lora
 
 
-def load_adapter(llm: PreTrainedModel, folder: Path) -> Adapter:
-    """An adapter in PEFT's format, for use without training.
+def _prefix_shape(llm: PreTrainedModel) -> tuple[int, int, int]:
+    """Layers, KV heads g, and g·d of a language model."""
+    shape = llm.config.get_text_config(decoder=True)
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return shape.num_hidden_layers, heads, heads * width
+
+
+def load_adapter(llm: PreTrainedModel, folder: Path, *, trainable: bool = False, dropout: float = 0.0) -> Adapter:
+    """An adapter in PEFT's format.
+
+    Args:
+        trainable: to go on with, not only to use.
+        dropout: of a prefix, while it trains.
 
     Raises:
         CheckpointError: the folder holds no prefix and no LoRA for this model.
     """
     try:
-        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
-        known = {"PREFIX_TUNING": Prefix, "LORA": Lora}
-        adapter = known[kind](PeftModel.from_pretrained(llm, str(folder)))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if saved["peft_type"] == "LORA":
+            return Lora(PeftModel.from_pretrained(llm, str(folder), is_trainable=trainable))
+        if saved["peft_type"] != "PREFIX_TUNING":
+            raise ValueError(saved["peft_type"])
+        found, wanted = (saved["num_layers"], saved["num_attention_heads"], saved["token_dim"]), _prefix_shape(llm)
+        if found != wanted:
+            raise CheckpointError(
+                f"is a prefix of {found[0]} layers, {found[1]} KV heads and {found[2]} numbers, "
+                f"this language model has {wanted[0]}, {wanted[1]} and {wanted[2]}",
+                where=folder,
+                fix="use the model that it was trained with",
+            )
+        prefix = Prefix(PeftModel.from_pretrained(llm, str(folder)))
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             "holds no adapter for this language model", where=folder, fix="train it with this llm (stage=eerg)"
         ) from error
-    return adapter
+    if not trainable:
+        return prefix
+    going_on = Prefix.create(llm, prefix.length, dropout)  # PEFT gives a loaded prefix for use only
+    with torch.no_grad():
+        going_on.table.embedding.weight.copy_(prefix.table.embedding.weight)
+    return going_on

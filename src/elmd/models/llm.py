@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from elmd.errors import CheckpointError
+from elmd.log import logger
 
 
 def load_llm(
@@ -31,33 +33,66 @@ def load_llm(
         CheckpointError: the folder is missing, incomplete or not one that transformers knows without remote code.
     """
     device = torch.device(device)
-    config = Path(path) / "config.json"
-    if config.is_file() and '"chatglm"' in config.read_text(encoding="utf-8", errors="replace"):
+    _, tokenizer = open_llm(path, attention=attention)
+    if (size := sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))) > 10**9:
+        logger.info("reading the language model, %.1f GB (%s)", size / 1e9, path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=pick_dtype(dtype, device), attn_implementation=attention, use_safetensors=True,
+            device_map={"": device if onto is None else onto},
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _unusable(path, error) from error
+    return freeze(model), tokenizer
+
+
+def open_llm(path: str | Path, *, attention: str = "sdpa") -> tuple[PreTrainedConfig, Any]:
+    """A language model's configuration and tokenizer: all that can be wrong but the weights, in about a second.
+
+    Raises:
+        CheckpointError: as `load_llm`.
+    """
+    published = Path(path) / "config.json"
+    if published.is_file() and '"chatglm"' in published.read_text(encoding="utf-8", errors="replace"):
         raise CheckpointError(
             "is ChatGLM as published, whose own code transformers 5 cannot run",
             where=path,
             fix="convert it once: python scripts/convert_chatglm2.py SRC DST, and set llm.path=DST",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=pick_dtype(dtype, device), attn_implementation=attention, use_safetensors=True,
-            device_map={"": device if onto is None else onto},
-        )  # fmt: skip
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except ImportError as error:
         raise CheckpointError(
-            f"attention {attention!r} cannot be used here ({str(error).strip().splitlines()[0].rstrip('.')})",
+            f"attention {attention!r} cannot be used here ({_first_line(error)})",
             where=path,
             fix="install its package, or set llm.attention=sdpa",
         ) from error
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise _unusable(path, error) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
-            f"cannot be loaded as a language model ({reason})",
+            "has no tokenizer that AutoTokenizer loads",
             where=path,
-            fix="give llm.path a folder that AutoModelForCausalLM loads without remote code, with safetensors weights",
+            fix="fetch its tokenizer's files; a converted ChatGLM2 has one if tokenizer.model lay beside the original, "
+            "so convert it again with that",
         ) from error
-    return freeze(model), tokenizer
+    return config, tokenizer
+
+
+def _unusable(path: str | Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot be loaded as a language model ({_first_line(error)})",
+        where=path,
+        fix="give llm.path a folder that AutoModelForCausalLM loads without remote code, in whole safetensors files",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".:")
 
 
 def freeze(model: Any) -> Any:
@@ -76,6 +111,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise CheckpointError(
-            f"{name!r} is no floating dtype", where="dtype", fix="use auto, float32, bfloat16 or float16"
+            f"{name!r} is no floating dtype",
+            where="llm.dtype or vision.dtype",
+            fix="use auto, float32, bfloat16 or float16",
         )
     return dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,6 +37,8 @@ class Projector(nn.Module):
             hidden, width = saved["linear.weight"].shape
             projector = cls(width, hidden)
             projector.load_state_dict(saved)
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError("is no visual projector", where=path, fix="train it again (stage=rep)") from error
+        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                "is no visual projector", where=path, fix="give the file of one (stage=rep makes it)"
+            ) from error
         return projector

@@ -95,6 +95,9 @@ class Chain:
     def run(self, name: StageName) -> None:
         """Run what the command line's `stage=` names: one stage, all stand-ins, or the whole chain."""
         if name is StageName.all:
+            from elmd.stages.parts import check_parts
+
+            self._first(lambda: check_parts(self.cfg))
             names = list(self.order("eerg"))
         elif name is StageName.bootstrap:
             names = [n for n in self.order("eerg") if n.startswith("bootstrap/")]
@@ -116,9 +119,10 @@ class Chain:
         for other, fingerprint in node.upstream.items():
             if not done[other]:
                 raise ArtifactError(
-                    f"stage={name} needs the result of {other}, which has not been made for this configuration",
+                    f"{name} needs the result of {other}, which has not been made for this configuration",
                     where=self.store.folder(other, fingerprint),
-                    fix=f"run the same command with stage={other.partition('/')[0]} first, or with stage=all",
+                    fix=f"run python -m elmd.train with the same choices and stage={other.partition('/')[0]} first, or "
+                    "with stage=all",
                 )
         if rank == 0:
             with self.store.lock(name, node.fingerprint):

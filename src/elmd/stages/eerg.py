@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel
 
 from elmd.config import AdapterKind, Config, EergConfig, ProjectorInit, plain
+from elmd.errors import CheckpointError
 from elmd.log import table
-from elmd.models.adapter import Adapter, Lora, Prefix
+from elmd.models.adapter import Adapter, Lora, Prefix, load_adapter
 from elmd.models.elmd import PROJECTOR, Elmd
 from elmd.models.projector import Projector
 from elmd.stages.base import Depends, Job, Outcome, Stage
@@ -28,12 +31,27 @@ def depends(cfg: Config) -> Depends:
     others = {AdapterKind.prefix: ("lora_",), AdapterKind.lora: ("prefix_",)}
     unread = others.get(cfg.eerg.adapter, ("lora_", "prefix_", "lr_adapter"))
     eerg = {key: value for key, value in eerg.items() if not key.startswith(unread)}
-    upstream = ("rep",) if starts_from_rep(cfg) else ()
-    return depends_on_parts(cfg) | Depends(config={"eerg": eerg}, upstream=upstream, seed=cfg.seed)
+    start = eerg.pop("adapter_from")
+    return depends_on_parts(cfg) | Depends(
+        config={"eerg": eerg},
+        upstream=("rep",) if starts_from_rep(cfg) else (),
+        files={"adapter": Path(start)} if start else {},
+        seed=cfg.seed,
+    )
 
 
 def create_adapter(llm: PreTrainedModel, eerg: EergConfig) -> Adapter | None:
-    """A new adapter as the configuration says, None for a projector alone."""
+    """The adapter that the configuration says, None for a projector alone."""
+    kinds = {AdapterKind.prefix: Prefix, AdapterKind.lora: Lora}
+    if eerg.adapter_from is not None and eerg.adapter in kinds:
+        adapter = load_adapter(llm, Path(eerg.adapter_from), trainable=True, dropout=eerg.prefix_dropout)
+        if type(adapter) is not kinds[eerg.adapter]:
+            raise CheckpointError(
+                f"is a {type(adapter).__name__} adapter, and eerg.adapter={eerg.adapter}",
+                where=eerg.adapter_from,
+                fix="set eerg.adapter to what it is",
+            )
+        return adapter
     if eerg.adapter is AdapterKind.prefix:
         return Prefix.create(llm, eerg.prefix_length, eerg.prefix_dropout)
     if eerg.adapter is AdapterKind.lora:

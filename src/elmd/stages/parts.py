@@ -5,29 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from elmd.config import Checkpointing, Config, PromptConfig, plain
+from elmd.config import BOOTSTRAP, Checkpointing, Config, PromptConfig, plain
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples, Features, no_features, shuffled
 from elmd.data.features import FeatureStore
 from elmd.data.prompts import Prompt, Task
 from elmd.data.samples import load_samples
-from elmd.errors import ArtifactError
-from elmd.labels import EMOTIONS, WORDS
+from elmd.errors import ArtifactError, CheckpointError
+from elmd.labels import EMOTIONS, WORDS, Emotion
 from elmd.log import logger
 from elmd.models.adapter import Lora
 from elmd.models.elmd import Elmd
-from elmd.models.llm import load_llm
+from elmd.models.llm import load_llm, open_llm, pick_dtype
 from elmd.models.memory import needs_checkpointing
+from elmd.models.projector import Projector
 from elmd.models.sharding import shard, sharding
 from elmd.retrieval.index import load_demonstrations
 from elmd.stages.base import Depends, Job, checkpoint_path, standin
-from elmd.types import Demonstration, Sample
+from elmd.types import Demonstration, Sample, Utterance
 
 
 def depends_on_parts(cfg: Config) -> Depends:
@@ -143,8 +145,42 @@ def load_parts(cfg: Config, job: Job) -> Parts:
         device=job.accelerator.device,
         onto="cpu" if sharding(job.accelerator) else None,  # the GPU may hold a part only
     )
+    check_ids(tokenizer, llm.config, cfg.llm.path)
     encoder = Encoder(tokenizer, prompt_of(cfg.prompt), cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
     return Parts(samples, demonstrations, features, width, llm, encoder)
+
+
+def check_parts(cfg: Config) -> None:
+    """What can be known of REP's and EERG's parts before hours go into the stages before them; reads no weights.
+
+    Raises:
+        CheckpointError: the language model, its tokenizer or a given projector cannot be used.
+        ConfigError: the prompt has no room for the instruction.
+    """
+    if cfg.sees_video and cfg.rep.projector_from:
+        Projector.load(Path(cfg.rep.projector_from))
+    if cfg.llm.path in (None, BOOTSTRAP):
+        return
+    pick_dtype(cfg.llm.dtype, torch.device("cpu"))
+    config, tokenizer = open_llm(cfg.llm.path, attention=cfg.llm.attention)
+    check_ids(tokenizer, config, cfg.llm.path)
+    encoder = Encoder(tokenizer, prompt_of(cfg.prompt), cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
+    turn = Utterance("", "A", "…", Emotion.NEUTRAL)
+    encoder(Sample("", "", "", "train", (), turn, turn), (), "eerg", cfg.vision.frames, with_target=False)
+
+
+def check_ids(tokenizer: Any, config: PreTrainedConfig, path: str | Path | None) -> None:
+    """
+    Raises:
+        CheckpointError: the tokenizer has ids that the embedding has no row for.
+    """
+    highest, rows = max(tokenizer.get_vocab().values()), config.get_text_config(decoder=True).vocab_size
+    if highest >= rows:
+        raise CheckpointError(
+            f"its tokenizer has ids up to {highest}, its embedding {rows} rows",
+            where=path,
+            fix="tokenizer and weights are of different models: fetch both from one place",
+        )
 
 
 def place(model: Elmd, accelerator: Accelerator) -> Elmd:

@@ -44,11 +44,12 @@ def run(cfg: Config, job: Job) -> Outcome:
     torch.manual_seed(cfg.seed)
     start = cfg.rep.projector_from
     projector = Projector.load(Path(start)) if start else Projector(parts.width, parts.hidden)
-    if projector.linear.in_features != parts.width:
+    found, wanted = projector.linear.weight.shape, (parts.hidden, parts.width)
+    if found != wanted:
         raise CheckpointError(
-            f"reads {projector.linear.in_features} numbers per visual token, and the features have {parts.width}",
-            where=start,
-            fix="take the projector of the vision encoder that made the features",
+            f"turns {found[1]} numbers into {found[0]}, but features of {wanted[1]} are to become {wanted[0]}",
+            where=f"rep.projector_from={start}",
+            fix="take the projector of this vision encoder and this language model, or leave it out",
         )
     model = place(Elmd(parts.llm, projector), job.accelerator)
 

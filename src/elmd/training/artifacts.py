@@ -52,6 +52,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+#: What converters put beside a checkpoint: used where its own path is given, and no part of the checkpoint.
+BESIDE = ("adapter/", "glm_proj.safetensors")
+
+
 class Store:
     """The folder of all results (`runs/`)."""
 
@@ -135,7 +139,8 @@ class Store:
             return self._file(path)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            return {str(p.relative_to(path)): self._file(p) for p in files}
+            names = {p.relative_to(path).as_posix(): p for p in files}
+            return {name: self._file(p) for name, p in names.items() if not name.startswith(BESIDE)}
         if not path.is_absolute() and _HUB_ID.fullmatch(str(path)):
             return {"hub": str(path)}
         raise CheckpointError("no such file or folder", where=path, fix="check the path in the configuration")

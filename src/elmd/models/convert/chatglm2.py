@@ -135,7 +135,7 @@ def convert_prefix(ptuning: Path, llm: Path) -> int:
     """
     if read_json(llm / "config.json").get("model_type") != "glm":
         raise CheckpointError("is no converted ChatGLM2", where=llm, fix="convert the model first, then the prefix")
-    refuse_taken(llm / ADAPTER)
+    refuse_taken(llm / ADAPTER, "move it away, if another prefix is to take its place")
     config = GlmConfig.from_pretrained(llm)
     table = prefix_table(ptuning, config)
     with building(llm / ADAPTER, table.nbytes) as folder:
@@ -158,6 +158,8 @@ def native_config(original: Mapping[str, Any], *, where: Path | None = None) -> 
         raise refuse("is a Glm model already", "use it as llm.path without converting")
     if kind != "chatglm":
         raise refuse(f"model_type is {kind!r}, not 'chatglm'")
+    if "eva_config" in original:
+        raise refuse("is VisualGLM", "convert its image encoder: python scripts/convert_visualglm.py SRC DST")
     if "position_encoding_2d" in original or "inner_hidden_size" in original:
         raise refuse("is the first ChatGLM (or VisualGLM), whose language model is another architecture")
     if "chatglm3" in str(original.get("_name_or_path", "")).lower():

@@ -7,7 +7,9 @@ memory as a whole: tensors read are pages of the file, and at most `LARGEST` byt
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import pickle
 import re
 import shutil
@@ -161,13 +163,13 @@ def save(tensors: dict[str, Tensor], path: Path) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes files for the owner alone
 
 
-def refuse_taken(folder: Path) -> None:
+def refuse_taken(folder: Path, fix: str = "move it away, or give another folder for the result") -> None:
     """
     Raises:
         CheckpointError: there is something at `folder` already.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError("exists already", where=folder, fix="move it away, or give another folder for the result")
+        raise CheckpointError("exists already", where=folder, fix=fix)
 
 
 @contextmanager
@@ -178,7 +180,7 @@ def building(folder: Path, size: int) -> Iterator[Path]:
         size: bytes that will be written, about.
 
     Raises:
-        CheckpointError: the disk is too small, or writing failed.
+        CheckpointError: the disk is too small, writing failed, or another process is at it.
     """
     partial = folder.with_name(folder.name + ".partial")
     disk = next(parent for parent in partial.absolute().parents if parent.is_dir())
@@ -188,15 +190,26 @@ def building(folder: Path, size: int) -> Iterator[Path]:
             f"the result takes {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left",
             where=folder, fix="make room, or write to another disk",
         )  # fmt: skip
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot be written ({_reason(error)})", where=folder) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when a process is killed
+    except BlockingIOError as error:
+        os.close(handle)
+        raise CheckpointError("is being written by another process", where=folder, fix="wait for it") from error
+    try:
+        for left in partial.iterdir():  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield partial
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot be written ({_reason(error)})", where=folder) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -266,7 +279,7 @@ def _find(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
     if path.is_file():
         return [path], None
     if not path.is_dir():
-        raise CheckpointError("does not exist", where=path, fix="give the folder of the downloaded checkpoint")
+        raise CheckpointError("does not exist", where=path, fix="give a folder or file of weights")
     for stem, ending in _STEMS:
         index = path / f"{stem}{ending}.index.json"
         if index.is_file():
@@ -332,7 +345,9 @@ def _open(path: Path) -> dict[str, Tensor]:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"cannot be read ({_reason(error)}): missing, cut off or no such file", where=path, fix=_AGAIN
+        "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({_reason(error)})",
+        where=path,
+        fix=_AGAIN,
     )
 
 
