@@ -96,6 +96,8 @@ def run(cfg: Config, action: Action) -> None:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     log.setup()
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        log.logger.info("job %s of the sweep: %s", HydraConfig.get().job.num, HydraConfig.get().job.override_dirname)
     # peft still asks transformers under the old name; nothing a user could do about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     transformers.logging.set_verbosity_error()
