@@ -43,6 +43,7 @@ import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,6 +51,8 @@ from typing import Any, NamedTuple
 
 if not __package__:  # run as a file: neither this package nor, without an installation, elmd is on the path
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "src")]
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read as torch is loaded: its profiler tells of itself at length
 
 import torch
 from accelerate import Accelerator
@@ -550,9 +553,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def refused(args: argparse.Namespace) -> str | None:
+    """Why these arguments cannot be run here."""
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        return f"--device: there is no {args.device!r}; use cpu, cuda or cuda:N"
+    if device.type not in ("cpu", "cuda"):
+        return f"--device: {args.device} is not measured; use cpu, cuda or cuda:N"
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return f"--device: {args.device} is not here, torch sees {torch.cuda.device_count()} GPUs; use --device cpu"
+    if args.scale == "6b" and device.type == "cpu":
+        return "--scale: 6b takes a GPU of 40 GB or more; use --scale cpu on this device"
+    if args.rounds < 1:
+        return f"--rounds: {args.rounds} is too few; use 1 or more"
+    return None
+
+
 def main() -> None:
+    # peft still asks transformers under the old name; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: python benchmarks/gpu_step.py --scale 6b --device cuda --rounds 9 --out runs/gpu_step",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--scale", choices=SCALES, default="6b" if gpu else "cpu", help="sizes (6b on a GPU, else cpu)")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each way, each on its own batch (9)")
@@ -564,6 +590,8 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--peak-tflops", type=float, help="of the device, dense, where its name is not known")
     args = parser.parse_args()
+    if reason := refused(args):
+        parser.error(reason)
     try:
         print(tables(run(args)))
     except ElmdError as error:

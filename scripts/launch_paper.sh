@@ -45,10 +45,11 @@ way=${WAY:-ddp}
 python=${PYTHON:-python}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [[ "$gpus" =~ ^[1-9][0-9]*$ ]] || fail "GPUS: '$gpus' is no number of GPUs; set it to 1 or more."
-[[ -f "$root/configs/accelerate/$way.yaml" ]] || fail "WAY: there is no $way; choose ddp or fsdp."
-found=$("$python" -c 'import torch; print(torch.cuda.device_count())') ||
+[[ "$way" == ddp || "$way" == fsdp ]] || fail "WAY: there is no $way; choose ddp or fsdp."
+found=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
   fail "$python cannot import torch; activate the environment that ELMD is installed in, or set PYTHON."
-((found >= gpus)) || fail "GPUS: $gpus are asked for and this machine has $found; set GPUS=$found if that is not 0."
+((found > 0)) || fail "torch sees no GPU on this machine, and this takes one; run it where nvidia-smi lists some."
+((found >= gpus)) || fail "GPUS: $gpus are asked for and this machine has $found; set GPUS=$found."
 
 settings=(
   experiment=table2_m3ed

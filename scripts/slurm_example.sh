@@ -15,6 +15,11 @@
 # One task per node is one launcher per node, which starts that node's four processes.
 set -euo pipefail
 
+if [[ -z "${SLURM_JOB_NODELIST:-}" ]]; then
+  echo "error: this is a Slurm job, and no Slurm runs it; change what is in capitals, then: sbatch $0" >&2
+  exit 1
+fi
+
 # shellcheck disable=SC1091
 source .venv/bin/activate
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import ROOT
 from elmd.cli import compose
-from elmd.config import Key, plain
+from elmd.config import RANGES, Key, plain
 from elmd.errors import ConfigError
 
 CONFIGS = ROOT / "configs"
@@ -93,19 +93,86 @@ def test_ablations_survive_what_an_experiment_sets(ablation: str, tmp_path: Path
         (["llm=chatglm2_6b"], "llm.path: llm=chatglm2_6b names no checkpoint"),
         (["bootstrap.text=data"], "bootstrap.text=data needs a data set of its own"),
         (["erm.separation_weight=0"], "retriever.key: E_s is the output of self-separation"),
-        (["erm.emotion_weight=-1"], "weights of the losses must not be negative"),
         (
             ["erm.emotion_weight=0", "erm.separation_weight=0", "retriever.key=e_u"],
             "both losses of eq. 4 have weight 0",
         ),
-        (["generate.top_p=0"], "generate.top_p: top_p=0.0 is not in (0, 1]"),
-        (["generate.temperature=-1"], "temperature is negative"),
+        (["generate.seeds=[]"], "generate.seeds: there is no seed to decode with; use [0], or several."),
     ],
 )
 def test_contradictions_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         compose(overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("threads=-1", "threads: -1 is out of range; use 0 or more."),
+        ("data.world.train=0", "data.world.train: 0 is out of range; use 1 or more."),
+        ("vision.frames=0", "vision.frames: 0 is out of range; use 1 or more."),
+        ("vision.workers=0", "vision.workers: 0 is out of range; use 1 or more."),
+        ("vision.timeout_s=0", "vision.timeout_s: 0.0 is out of range; use more than 0."),
+        ("vision.batch_frames=0", "vision.batch_frames: 0 is out of range; use 1 or more."),
+        ("retriever.k=-1", "retriever.k: -1 is out of range; use 0 or more."),
+        ("retriever.max_tokens=0", "retriever.max_tokens: 0 is out of range; use 1 or more."),
+        ("prompt.max_prompt_tokens=0", "prompt.max_prompt_tokens: 0 is out of range; use 1 or more."),
+        ("prompt.max_target_tokens=1", "prompt.max_target_tokens: 1 is out of range; use 2 or more."),
+        ("bootstrap.dialogues=1", "bootstrap.dialogues: 1 is out of range; use 2 or more."),
+        ("bootstrap.llm_hidden=96", "bootstrap.llm_hidden: 96 is out of range; use a multiple of 64."),
+        ("bootstrap.vision_hidden=0", "bootstrap.vision_hidden: 0 is out of range; use a multiple of 4."),
+        ("erm.batch_size=1", "erm.batch_size: 1 is out of range; use 2 or more."),
+        ("erm.temperature=0", "erm.temperature: 0.0 is out of range; use more than 0."),
+        ("erm.temperature=nan", "erm.temperature: nan is out of range; use more than 0."),
+        ("erm.emotion_weight=-1", "erm.emotion_weight: -1.0 is out of range; use 0 or more."),
+        ("erm.warmup=1.5", "erm.warmup: 1.5 is out of range; use 0 to 1."),
+        ("rep.epochs=0", "rep.epochs: 0 is out of range; use 1 or more."),
+        ("rep.batch_size=0", "rep.batch_size: 0 is out of range; use 1 or more."),
+        ("rep.lr=-1", "rep.lr: -1.0 is out of range; use 0 or more."),
+        ("rep.max_grad_norm=0", "rep.max_grad_norm: 0.0 is out of range; use more than 0."),
+        ("eerg.steps=-1", "eerg.steps: -1 is out of range; use 0 or more."),
+        ("eerg.micro_tokens=0", "eerg.micro_tokens: 0 is out of range; use 1 or more."),
+        ("eerg.evaluate_every=0", "eerg.evaluate_every: 0 is out of range; use 1 or more."),
+        ("eerg.checkpoint_every=0", "eerg.checkpoint_every: 0 is out of range; use 1 or more."),
+        ("eerg.prefix_length=0", "eerg.prefix_length: 0 is out of range; use 1 or more."),
+        ("eerg.prefix_dropout=1", "eerg.prefix_dropout: 1.0 is out of range; use 0 to less than 1."),
+        ("generate.top_p=0", "generate.top_p: 0.0 is out of range; use more than 0 to 1."),
+        ("generate.top_p=1.1", "generate.top_p: 1.1 is out of range; use more than 0 to 1."),
+        ("generate.temperature=-1", "generate.temperature: -1.0 is out of range; use 0 or more."),
+        ("generate.max_new_tokens=0", "generate.max_new_tokens: 0 is out of range; use 1 or more."),
+        ("generate.batch_tokens=0", "generate.batch_tokens: 0 is out of range; use 1 or more."),
+    ],
+)
+def test_numbers_out_of_range_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose([override])
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["eerg.steps=0", "erm.epochs=0"],  # only evaluate
+        ["rep.lr=0", "eerg.lr_adapter=0", "eerg.warmup=1"],
+        ["generate.temperature=0", "generate.top_p=1"],
+        ["eerg.lora_rank=0", "eerg.lora_dropout=1"],  # of an adapter that is not chosen
+        ["eerg.adapter=lora", "eerg.prefix_length=0"],
+        ["eerg.adapter=none", "eerg.prefix_length=0", "eerg.lora_rank=0"],
+    ],
+)
+def test_numbers_at_the_edge_are_taken(overrides: list[str]) -> None:
+    compose(overrides)
+
+
+def test_an_adapter_that_is_chosen_is_checked() -> None:
+    with pytest.raises(ConfigError, match=r"^eerg\.lora_rank: 0 is out of range; use 1 or more\.$"):
+        compose(["eerg.adapter=lora", "eerg.lora_rank=0"])
+
+
+def test_every_number_of_the_configuration_has_a_range() -> None:
+    numbers = {key for key, value in flat(plain(compose(GIVEN))).items() if type(value) in (int, float)}
+    assert set(RANGES) == {key for key in numbers if not key.endswith("seed")}
 
 
 def test_values_of_the_paper_stand_in_the_paper_presets() -> None:
@@ -135,6 +202,21 @@ def test_help_lists_stages_groups_and_choices(tmp_path: Path) -> None:
     assert done.returncode == 0
     for word in ("stage: bootstrap prepare erm index features rep eerg all", "ablation: no_erm", "chatglm2_6b", "m3ed"):
         assert word in done.stdout, word
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("elmd.evaluate", ["python -m elmd.evaluate predictions=FILE.jsonl", "accelerate is no group", "== Often"]),
+        ("elmd.doctor", ["python -m elmd.doctor [", "what of it is missing", "chatglm2_6b", "Exit code 1"]),
+    ],
+)
+def test_each_command_has_help_of_its_own(module: str, words: list[str], tmp_path: Path) -> None:
+    done = command("--help", cwd=tmp_path, module=module)
+    assert done.returncode == 0
+    for word in words:
+        assert word in done.stdout, word
+    assert "stage=STAGE" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,25 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save
 
 from elmd.cli import compose
 from elmd.config import Config
 from elmd.doctor import __main__ as command
-from elmd.doctor.checkpoints import agreement, checkpoints, llm_config, visual_shape
+from elmd.doctor.checkpoints import agreement, checkpoints, llm_config, loading, projector, visual_shape
 from elmd.doctor.findings import Finding
 from elmd.doctor.memory import Estimate, estimates
+from elmd.errors import ConfigError
 from elmd.models.convert.chatglm2 import CHATGLM2_6B
 from elmd.models.memory import Memory
 
-WEIGHTS = b"\0" * 2048  # never read
+WEIGHTS = save({"w": torch.zeros(512)})  # only its header is read
 
 
 def config(*overrides: str, experiment: str = "table2_m3ed", **paths: str | None) -> Config:
@@ -44,7 +47,7 @@ def finding(found: Any, what: str) -> Finding:
 
 @pytest.fixture
 def llm(llm_folder: Path, tmp_path: Path) -> Path:
-    """A converted model whose weights cannot be read: only their presence counts."""
+    """A converted model without its weights: of them only the header of a whole file counts."""
     folder = tmp_path / "llm"
     shutil.copytree(llm_folder, folder)
     (folder / "model.safetensors").write_bytes(WEIGHTS)
@@ -87,7 +90,7 @@ INDEX = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
             "llm",
             {"config.json": CHATGLM},
             "ChatGLM2 as published, not converted",
-            "convert_chatglm2.py {0} {0}-native, then llm.path={0}-native",
+            "convert_chatglm2.py {0} {0}-converted, then llm.path={0}-converted",
         ),
         ("llm", {"config.json": CHATGLM | {"rmsnorm": False}}, "rmsnorm", "ChatGLM2-6B"),
         (
@@ -118,12 +121,25 @@ INDEX = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
             "fetch",
         ),
         (
+            "llm",
+            {"config.json": {"model_type": "glm"}, "model.safetensors": WEIGHTS[:-1]},
+            "model.safetensors: is damaged or cut short (",
+            "fetch this file again",
+        ),
+        (
+            "llm",
+            {"config.json": {"model_type": "glm"}, "model.safetensors": b"\xff" * 2048},
+            "model.safetensors: is damaged or cut short (",
+            "fetch this file again",
+        ),
+        ("retriever", {"modules.json": [], "0/model.safetensors": WEIGHTS[:-1]}, "cut short (", "fetch this file"),
+        (
             "vision",
             {"config.json": {"model_type": "chatglm", "eva_config": {}}},
             "VisualGLM as published",
-            "convert_visualglm.py {0} {0}-vision-native, then vision.path={0}-vision-native",
+            "convert_visualglm.py {0} {0}-vision, then vision.path={0}-vision",
         ),
-        ("vision", {"model_config.json": {}}, "VisualGLM as published", "convert_visualglm.py {0} {0}-vision-native"),
+        ("vision", {"model_config.json": {}}, "VisualGLM as published", "convert_visualglm.py {0} {0}-vision"),
         ("vision", {"config.json": CHATGLM}, "no image encoder", "THUDM/visualglm-6b"),
         (
             "vision",
@@ -279,6 +295,16 @@ def test_a_prefix_of_this_model_is_recognised(llm: Path) -> None:
     assert (one.missing, one.found) == (False, "8 virtual tokens of 2 layers, 2 KV heads, 16 numbers")
 
 
+def test_an_adapter_to_begin_with(llm: Path, tmp_path: Path) -> None:
+    cfg = config(f"eerg.adapter_from={tmp_path / 'adapter'}", llm=str(llm))
+    one = finding(agreement(cfg), "eerg.adapter_from")
+    assert (one.missing, one.fix) == (True, "give an adapter's folder, or leave it out")
+    another_prefix(tmp_path)
+    one = finding(agreement(cfg), "prefix in")
+    assert one.missing
+    assert "this language model has 2 layers" in one.fix
+
+
 def test_a_prompt_that_leaves_no_room(llm: Path) -> None:
     one = finding(agreement(config("prompt.max_prompt_tokens=60", llm=str(llm))), "prompt")
     assert one.missing
@@ -368,6 +394,7 @@ def test_nothing_given(capsys: pytest.CaptureFixture[str]) -> None:
         "moka-ai/m3e-base",
         "EERG, checkpointing",
         "141 GB",
+        "llm=chatglm2_6b (assumed: the public model's shape)",
     ):
         assert word in told, word
 
@@ -376,7 +403,7 @@ def test_nothing_given(capsys: pytest.CaptureFixture[str]) -> None:
 def complete(llm: Path, tmp_path: Path) -> Config:
     """Table 2 with everything in place, as far as the doctor looks."""
     write(tmp_path / "m3ed/annotation.json", {})
-    (tmp_path / "videos").mkdir()
+    write(tmp_path / "videos/show/1.mp4", b"")
     write(tmp_path / "vision/config.json", {"vision_config": {}, "qformer_config": {}})
     write(tmp_path / "vision/model.safetensors", WEIGHTS)
     write(tmp_path / "m3e/modules.json", [])
@@ -393,7 +420,9 @@ def test_everything_there(
     code, told = run(complete, capsys)
     assert code == 0, told
     assert "Nothing is missing." in told
-    assert "stage eerg not made yet" in told
+    assert "stage eerg not made yet stage=all makes it" in told
+    assert "stage generate not made yet python -m elmd.evaluate makes it" in told
+    assert "assumed" not in told
     assert "✗" not in told
     monkeypatch.setattr(command, "PATIENCE", 0)  # as if the weights were large
     code, told = run(complete, capsys)
@@ -423,3 +452,119 @@ def test_a_model_whose_memory_cannot_be_predicted_is_no_reason_to_stop(
     code, told = run(complete, capsys)
     assert code == 0
     assert "cannot be predicted." in told
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "found"),
+    [
+        (["a/1.mp4"], [], None),
+        (["a/notes.txt"], [], "holds no .mp4 file"),
+        ([], [], "holds no .mp4 file"),
+        (["a/1.mp4"], ["data.video_template='{show}/{dialogue}.mkv'"], "holds no .mkv file"),
+        (["a/1/0001.JPG"], ["data.video_template='{show}/{dialogue}'"], None),
+        (["a/1.mp4"], ["data.video_template='{show}/{dialogue}'"], "holds no frames"),
+        (["a/notes.txt"], ["vision=none", "data.on_missing_clip=text_only"], None),
+        (["a/notes.txt"], ["vision=none"], "holds no .mp4 file"),
+    ],
+)
+def test_a_folder_of_videos_holds_some(
+    tmp_path: Path, files: list[str], overrides: list[str], found: str | None
+) -> None:
+    (tmp_path / "videos").mkdir()
+    for file in files:
+        write(tmp_path / "videos" / file, b"")
+    one = finding(command.data(config(f"data.video_root={tmp_path / 'videos'}", *overrides)), "videos")
+    assert one.missing is (found is not None)
+    assert (found or str(tmp_path)) in one.found
+
+
+@pytest.mark.parametrize(
+    ("shape", "found", "fix"),
+    [
+        ((32, 768), "768 → 32 numbers", ""),
+        ((32, 24), "24 → 32 numbers", "features of 768 are to become 32"),
+        ((4096, 768), "768 → 4096 numbers", "features of 768 are to become 32"),
+    ],
+)
+def test_a_projector_to_begin_with(llm: Path, tmp_path: Path, shape: tuple[int, int], found: str, fix: str) -> None:
+    write(tmp_path / "vision/config.json", {"vision_config": {}, "qformer_config": {}})
+    file = tmp_path / "glm_proj.safetensors"
+    write(file, save({"linear.weight": torch.zeros(shape), "linear.bias": torch.zeros(shape[0])}))
+    cfg = config(f"rep.projector_from={file}", llm=str(llm), vision=str(tmp_path / "vision"))
+    (one,) = projector(cfg)
+    assert one.missing is bool(fix)
+    assert found in one.found
+    assert one.fix.startswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("contents", "found", "fix"),
+    [
+        (None, "p.safetensors", "no such file"),
+        (b"text", "is no visual projector (", "glm_proj.safetensors"),
+        (WEIGHTS, "is no visual projector", "glm_proj.safetensors"),
+    ],
+)
+def test_what_is_no_projector(tmp_path: Path, contents: bytes | None, found: str, fix: str) -> None:
+    if contents is not None:
+        write(tmp_path / "p.safetensors", contents)
+    overrides = [f"rep.projector_from={tmp_path / 'p.safetensors'}"]
+    (one,) = projector(config(*overrides))
+    assert one.missing
+    assert found in one.found
+    assert fix in one.fix
+    assert not list(projector(config("ablation=no_v", *overrides)))
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "found", "fix"),
+    [
+        ("llm.dtype=int8", "llm.dtype", "'int8' is no floating dtype", "bfloat16"),
+        ("vision.dtype=half8", "vision.dtype", "'half8' is no floating dtype", "bfloat16"),
+        ("llm.attention=fast", "llm.attention", "fast cannot be used here (", "llm.attention=sdpa"),
+        ("llm.attention=flash_attention_2", "llm.attention", "flash_attention_2 cannot be used here (", "its package"),
+    ],
+)
+def test_what_models_cannot_be_loaded_with(
+    complete: Config,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    what: str,
+    found: str,
+    fix: str,
+) -> None:
+    assert not list(loading(complete))
+    if "flash" in override:  # also where it is installed
+        from transformers import PreTrainedModel
+
+        def gone(*_: Any, **__: Any) -> None:
+            raise ImportError("the package doesn't seem to be installed.")
+
+        monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", gone)
+    group, key = what.split(".")
+    setattr(getattr(complete, group), key, override.partition("=")[2])
+    one = finding(loading(complete), what)
+    assert one.missing
+    assert found in one.found
+    assert fix in one.fix
+    code, told = run(complete, capsys)
+    assert code == 1
+    assert f"✗ {what}" in told
+    assert ("EERG, checkpointing" in told) is (what != "llm.dtype"), "the estimate needs no package"
+
+
+def test_numbers_out_of_range_are_told_at_once(complete: Config) -> None:
+    complete.eerg.batch_size = 0
+    with pytest.raises(ConfigError, match=r"^eerg\.batch_size: 0 is out of range; use 1 or more\.$"):
+        command.doctor(complete, Accelerator(cpu=True))
+
+
+def test_a_full_disk_is_told(
+    complete: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**29))
+    one = finding(command.machine(complete, Accelerator(cpu=True)), "runs_dir")
+    assert not one.missing
+    assert "0.5 GiB free" in one.found
+    assert "less than 1 GiB" in one.fix

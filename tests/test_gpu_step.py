@@ -62,6 +62,7 @@ def test_it_runs_as_a_file_with_few_libraries_and_leaves_its_figures(tmp_path: P
         cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": "src"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert not done.stderr, "neither libraries' warnings nor their logs"
     report = json.loads((tmp_path / "gpu_step.json").read_text())
     assert torch.__version__.startswith(report["versions"]["torch"])
     assert report["peak_tflops"] == 0.1
@@ -81,6 +82,32 @@ def test_it_runs_as_a_file_with_few_libraries_and_leaves_its_figures(tmp_path: P
     text = (tmp_path / "gpu_step.md").read_text()
     assert text == done.stdout
     assert "| p-tuning, batch of 1 | " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--device", "cuda"], "--device: cuda is not here, torch sees 0 GPUs; use --device cpu"),
+        (["--device", "gpu"], "--device: there is no 'gpu'; use cpu, cuda or cuda:N"),
+        (["--device", "meta"], "--device: meta is not measured; use cpu, cuda or cuda:N"),
+        (["--device", "cpu", "--scale", "6b"], "--scale: 6b takes a GPU of 40 GB or more; use --scale cpu"),
+        (["--device", "cpu", "--scale", "smoke", "--rounds", "0"], "--rounds: 0 is too few; use 1 or more"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_line(
+    bench: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("sys.argv", ["gpu_step", *arguments])
+    with pytest.raises(SystemExit) as left:
+        bench.main()
+    assert left.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ section beside it, there and here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from enum import Enum, StrEnum
+from operator import attrgetter
 from typing import Any
 
 from omegaconf import MISSING
@@ -305,12 +307,90 @@ def plain(config: Any) -> dict[str, Any]:
     return asdict(config, dict_factory=lambda items: {k: v.value if isinstance(v, Enum) else v for k, v in items})
 
 
-def check(cfg: Config) -> None:
-    """What must hold between fields.
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a key may have: from `least` to `most`, without these where `above` or `below`."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+    below: bool = False
+    times: int = 1  # a multiple of it
+
+    def __contains__(self, value: float) -> bool:
+        # Written so that NaN is outside.
+        low = value > self.least if self.above else value >= self.least
+        high = value < self.most if self.below else value <= self.most
+        return low and high and (self.times == 1 or value % self.times == 0)
+
+    def __str__(self) -> str:
+        if self.times > 1:
+            return f"a multiple of {self.times}"
+        low = f"more than {self.least}" if self.above else f"{self.least}"
+        if self.most == math.inf:
+            return low if self.above else f"{low} or more"
+        return f"{low} to {'less than ' if self.below else ''}{self.most}"
+
+
+_ANY, _SOME, _POSITIVE = Range(0), Range(1), Range(0, above=True)
+_SHARE, _DROPOUT = Range(0, 1), Range(0, 1, below=True)
+
+#: What each number may be, by dotted key; seeds may be any.
+RANGES = {
+    "threads": _ANY,
+    "data.world.train": _SOME, "data.world.valid": _SOME, "data.world.test": _SOME,
+    "vision.frames": _SOME, "vision.workers": _SOME, "vision.timeout_s": _POSITIVE, "vision.batch_frames": _SOME,
+    "retriever.k": _ANY, "retriever.max_tokens": _SOME,
+    "prompt.max_prompt_tokens": _SOME, "prompt.max_target_tokens": Range(2),  # one, and the end
+    "bootstrap.dialogues": Range(2), "bootstrap.vocab_size": _SOME,
+    "bootstrap.llm_hidden": Range(64, times=64), "bootstrap.llm_layers": _SOME, "bootstrap.llm_steps": _ANY,
+    "bootstrap.llm_batch": _SOME, "bootstrap.llm_lr": _ANY,
+    "bootstrap.vision_hidden": Range(4, times=4), "bootstrap.vision_steps": _ANY, "bootstrap.vision_lr": _ANY,
+    "bootstrap.retriever_hidden": Range(32, times=32), "bootstrap.retriever_steps": _ANY,
+    "bootstrap.retriever_lr": _ANY,
+    "erm.epochs": _ANY, "erm.batch_size": Range(2), "erm.lr": _ANY, "erm.temperature": _POSITIVE, "erm.slots": _SOME,
+    "erm.emotion_weight": _ANY, "erm.separation_weight": _ANY, "erm.warmup": _SHARE, "erm.weight_decay": _ANY,
+    "erm.max_grad_norm": _POSITIVE, "erm.checkpoint_every": _SOME,
+    "rep.epochs": _SOME, "rep.batch_size": _SOME, "rep.lr": _ANY, "rep.warmup": _SHARE, "rep.weight_decay": _ANY,
+    "rep.max_grad_norm": _POSITIVE, "rep.micro_tokens": _SOME, "rep.checkpoint_every": _SOME,
+    "eerg.steps": _ANY, "eerg.batch_size": _SOME, "eerg.lr_adapter": _ANY, "eerg.lr_projector": _ANY,
+    "eerg.prefix_length": _SOME, "eerg.prefix_dropout": _DROPOUT,
+    "eerg.lora_rank": _SOME, "eerg.lora_alpha": _SOME, "eerg.lora_dropout": _DROPOUT,
+    "eerg.warmup": _SHARE, "eerg.weight_decay": _ANY, "eerg.max_grad_norm": _POSITIVE, "eerg.micro_tokens": _SOME,
+    "eerg.evaluate_every": _SOME, "eerg.checkpoint_every": _SOME,
+    "generate.top_p": Range(0, 1, above=True), "generate.temperature": _ANY, "generate.max_new_tokens": _SOME,
+    "generate.batch_tokens": _SOME,
+}  # fmt: skip
+
+#: Keys of the adapters that are not chosen, which nothing reads.
+_UNREAD = {
+    AdapterKind.prefix: ("eerg.lora_",),
+    AdapterKind.lora: ("eerg.prefix_",),
+    AdapterKind.none: ("eerg.lora_", "eerg.prefix_"),
+}
+
+
+def check_ranges(cfg: Config) -> None:
+    """What each number may be.
 
     Raises:
-        ConfigError: naming both fields and what to change.
+        ConfigError: naming one that is out of its range, and the range.
     """
+    for key, allowed in RANGES.items():
+        value = attrgetter(key)(cfg)
+        if value not in allowed and not key.startswith(_UNREAD[cfg.eerg.adapter]):
+            raise ConfigError(f"{value} is out of range", where=key, fix=f"use {allowed}")
+    if not cfg.generate.seeds:
+        raise ConfigError("there is no seed to decode with", where="generate.seeds", fix="use [0], or several")
+
+
+def check(cfg: Config) -> None:
+    """What numbers may be, and what must hold between fields.
+
+    Raises:
+        ConfigError: naming the fields and what to change.
+    """
+    check_ranges(cfg)
     if cfg.data.reader is not Reader.tiny and cfg.data.path is None:
         raise ConfigError(
             f"data={cfg.data.name} has no source", where="data.path", fix="give it: data.path=/path/to/the/data"
@@ -332,8 +412,6 @@ def check(cfg: Config) -> None:
                 where=f"{name}.path",
                 fix=f"give its folder: {name}.path=/path/to/it",
             )
-    if min(cfg.erm.emotion_weight, cfg.erm.separation_weight) < 0:
-        raise ConfigError("weights of the losses must not be negative", where="erm", fix="use 0 to leave a loss out")
     if cfg.retrieves and cfg.erm.emotion_weight == cfg.erm.separation_weight == 0:
         raise ConfigError(
             "both losses of eq. 4 have weight 0, so there is nothing to train",
@@ -352,9 +430,3 @@ def check(cfg: Config) -> None:
             where="eerg.adapter, vision",
             fix="set eerg.adapter=prefix or lora, or choose a vision=… that sees video",
         )
-    if not 0 < cfg.generate.top_p <= 1:
-        raise ConfigError(
-            f"top_p={cfg.generate.top_p} is not in (0, 1]", where="generate.top_p", fix="the paper uses 0.7"
-        )
-    if cfg.generate.temperature < 0:
-        raise ConfigError("temperature is negative", where="generate.temperature", fix="use 0 for greedy decoding")

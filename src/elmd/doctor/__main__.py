@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elmd.cli import command
-from elmd.config import Config, Reader, check
+from elmd.config import Config, OnMissingClip, Reader, check, check_ranges
+from elmd.data.video import IMAGES
 from elmd.doctor.findings import HOMES, Finding
 from elmd.errors import ElmdError
 from elmd.log import is_main, table
@@ -23,12 +24,21 @@ if TYPE_CHECKING:
 #: Bytes of weights whose checksums are not known yet, from which on the doctor does not wait for them.
 PATIENCE = 2**30
 
+#: GiB free below which the doctor warns: one training's checkpoints and caches take about as much.
+ROOM = 1
+
 
 def doctor(cfg: Config, accelerator: Accelerator) -> None:
-    """Print every finding and the memory that training takes; exit code 1 if something is missing."""
-    from elmd.doctor.checkpoints import agreement, checkpoints, llm_config
+    """Print every finding and the memory that training takes; exit code 1 if something is missing.
 
-    findings = [*machine(cfg, accelerator), *data(cfg), *checkpoints(cfg), *agreement(cfg)]
+    Raises:
+        ConfigError: a number is out of its range, so that nothing can be said of it.
+    """
+    from elmd.doctor.checkpoints import agreement, checkpoints, llm_config, loading, projector
+
+    check_ranges(cfg)
+    wrong = list(loading(cfg))
+    findings = [*machine(cfg, accelerator), *data(cfg), *checkpoints(cfg), *wrong, *agreement(cfg), *projector(cfg)]
     known = llm_config(cfg)
     if not any(finding.missing for finding in findings):
         findings += list(rules(cfg)) or stages(cfg, accelerator)
@@ -37,8 +47,8 @@ def doctor(cfg: Config, accelerator: Accelerator) -> None:
         ["", "found", "to do"],
         [(("✗ " if f.missing else "· " if f.fix else "✓ ") + f.what, f.found, f.fix) for f in findings],
     )
-    if known is not None and is_main():
-        estimate(cfg, known[0], accelerator)
+    if known is not None and is_main() and not any(f.what == "llm.dtype" for f in wrong):
+        estimate(cfg, *known, accelerator)
     missing = sum(f.missing for f in findings)
     told = f"{missing} thing{'s' if missing > 1 else ''} missing; see the last column."
     if is_main():
@@ -49,8 +59,12 @@ def doctor(cfg: Config, accelerator: Accelerator) -> None:
         sys.exit(1)
 
 
-def estimate(cfg: Config, config: PretrainedConfig, accelerator: Accelerator) -> None:
-    """Print how much memory training takes with this language model."""
+def estimate(cfg: Config, config: PretrainedConfig, own: bool, accelerator: Accelerator) -> None:
+    """Print how much memory training takes with this language model.
+
+    Args:
+        own: whether the configuration is the checkpoint's own.
+    """
     import torch
 
     from elmd.doctor.memory import GIB, show
@@ -60,7 +74,8 @@ def estimate(cfg: Config, config: PretrainedConfig, accelerator: Accelerator) ->
     if accelerator.device.type == "cuda":
         here = torch.cuda.get_device_properties(accelerator.device).total_memory / GIB
     try:
-        show(cfg, config, share=accelerator.num_processes if sharding(accelerator) else 1, here=here)
+        share = accelerator.num_processes if sharding(accelerator) else 1
+        show(cfg, config, assumed=not own, share=share, here=here)
     except ElmdError as error:
         print(error, file=sys.stderr)
 
@@ -82,10 +97,11 @@ def machine(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
     nearest = next(p for p in (root, *root.parents) if p.exists())
     writable = os.access(nearest, os.W_OK)
     free = shutil.disk_usage(nearest).free / 2**30
+    told = "" if free >= ROOM else f"less than {ROOM} GiB: make room, or choose another disk"
     yield Finding(
         "runs_dir",
-        f"{cfg.runs_dir}, {free:.0f} GiB free",
-        "" if writable else "choose a folder you may write",
+        f"{cfg.runs_dir}, {free:.{0 if free >= 10 else 1}f} GiB free",
+        told if writable else "choose a folder you may write",
         not writable,
     )
 
@@ -104,12 +120,29 @@ def data(cfg: Config) -> Iterator[Finding]:
             name, str(wanted), "" if there else f"not there: {HOMES.get(cfg.data.name, 'check it')}", not there
         )
     if cfg.data.video_root is not None:
-        there = Path(cfg.data.video_root).is_dir()
-        yield Finding("videos", cfg.data.video_root, "" if there else "no such folder", not there)
+        yield videos(cfg, Path(cfg.data.video_root))
     elif cfg.sees_video and cfg.data.reader in (Reader.m3ed, Reader.cped):
         yield Finding(
             "videos", "data.video_root is not set", "set it, or choose vision=precomputed or vision=none", missing=True
         )
+
+
+def videos(cfg: Config, root: Path) -> Finding:
+    """Whether there is a single file that ends as `data.video_template` says; where that has no ending, or a frame."""
+    if not root.is_dir():
+        return Finding("videos", str(root), "no such folder", True)
+    ending = Path(cfg.data.video_template).suffix
+
+    def counts(name: str) -> bool:
+        suffix = Path(name).suffix
+        return suffix == ending or (not ending and suffix.lower() in IMAGES)
+
+    read = cfg.data.reader in (Reader.m3ed, Reader.cped)
+    needed = read and (cfg.sees_video or cfg.data.on_missing_clip is OnMissingClip.error)
+    if not needed or any(counts(name) for _, _, names in os.walk(root, followlinks=True) for name in names):
+        return Finding("videos", str(root))
+    told = f"{root}: holds no {ending} file" if ending else f"{root}: holds no frames"
+    return Finding("videos", told, "correct data.video_root, or data.video_template where they end otherwise", True)
 
 
 def rules(cfg: Config) -> Iterator[Finding]:
@@ -139,7 +172,8 @@ def stages(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
         elif chain.store.partial(name, fingerprint).exists():
             yield Finding(f"stage {name}", "interrupted", "goes on where it stopped")
         else:
-            yield Finding(f"stage {name}", "not made yet", "stage=all makes it")
+            how = "python -m elmd.evaluate" if name == "generate" else "stage=all"
+            yield Finding(f"stage {name}", "not made yet", f"{how} makes it")
 
 
 def unread(cfg: Config) -> int:
@@ -151,7 +185,7 @@ def unread(cfg: Config) -> int:
     return sum(file.stat().st_size for file in files if json.dumps(str(file.resolve())) not in known)
 
 
-main = command("train", doctor, checked=False)
+main = command("doctor", doctor, checked=False)
 
 if __name__ == "__main__":
     main()

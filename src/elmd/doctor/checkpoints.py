@@ -1,6 +1,6 @@
 """Whether the checkpoints are there, in a form that can be read, and whether they agree with each other.
 
-Configuration and tokenizer files are read, weights never: of them only the sizes are looked at.
+Configuration and tokenizer files are read, weights never: of them only sizes and headers are looked at.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GlmConfig, PretrainedConfig
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GlmConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from elmd.config import BOOTSTRAP, Config, VisionKind
@@ -18,6 +20,7 @@ from elmd.doctor.findings import HOMES, Finding, read_json
 from elmd.errors import CheckpointError, ConfigError
 from elmd.labels import WORDS, Emotion
 from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
+from elmd.models.llm import pick_dtype
 from elmd.stages.parts import prompt_of
 from elmd.types import Sample, Utterance
 
@@ -75,7 +78,7 @@ def _original(group: str, path: Path, home: str) -> tuple[str, str] | None:
             native_config(config)
         except CheckpointError as error:  # ChatGLM3 and GLM-4's first form call themselves chatglm too
             return f"{path}: {error.what}", error.fix or home
-    script, end = ("convert_visualglm", "-vision-native") if visual else ("convert_chatglm2", "-native")
+    script, end = ("convert_visualglm", "-vision") if visual else ("convert_chatglm2", "-converted")
     name = "VisualGLM" if visual else "ChatGLM2"
     new = f"{path}{end}"
     return (
@@ -109,7 +112,19 @@ def _incomplete(group: str, path: Path, home: str) -> tuple[str, str] | None:
             return f"{path}: lacks {len(gone)} of {len(named)} files of weights, the first is {gone[0]}", "fetch them"
     if small := [file for file in weights if file.stat().st_size < _POINTER]:
         return f"{small[0]}: not the weights but git's pointer to them", "fetch them with git lfs pull"
+    for file in weights:
+        if isinstance(read := header(file), str):
+            return f"{file}: is damaged or cut short ({read})", "fetch this file again"
     return None
+
+
+def header(file: Path) -> dict[str, tuple[int, ...]] | str:
+    """Names and shapes in a safetensors file, which is as long as they say, or what is wrong with it."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def _is_hub_id(path: str) -> bool:
@@ -148,6 +163,65 @@ def visual_shape(cfg: Config) -> tuple[int, int]:
     return cfg.vision.frames + tokens, width
 
 
+def loading(cfg: Config) -> Iterator[Finding]:
+    """What of `dtype` and `attention` the models cannot be loaded with; nothing where all is well."""
+    for key, name, used in (
+        ("llm.dtype", cfg.llm.dtype, True),
+        ("vision.dtype", cfg.vision.dtype, cfg.vision.kind is VisionKind.encoder),
+    ):
+        try:
+            pick_dtype(name, torch.device("cpu"))
+        except CheckpointError as error:
+            if used:
+                yield Finding(key, error.what, error.fix or "", True)
+    known = llm_config(cfg)
+    config = GlmConfig(num_hidden_layers=1) if known is None else known[0]
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=cfg.llm.attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        if isinstance(error, ImportError) or "attn_implementation" in reason:
+            told = f"{cfg.llm.attention} cannot be used here ({reason})"
+            yield Finding("llm.attention", told, "install its package, or set llm.attention=sdpa", True)
+        else:
+            yield Finding(f"llm={cfg.llm.name}", reason, "choose one that AutoModelForCausalLM loads", True)
+
+
+def projector(cfg: Config) -> Iterator[Finding]:
+    """Whether the projector that REP begins with is one, and of this encoder and this language model."""
+    if not cfg.sees_video or cfg.rep.projector_from is None:
+        return
+    what, file = "rep.projector_from", Path(cfg.rep.projector_from)
+    if not file.is_file():
+        yield Finding(what, str(file), "no such file: correct the path, or leave it out", True)
+        return
+    tensors = header(file)
+    if isinstance(tensors, str) or len(tensors.get("linear.weight", ())) != 2 or "linear.bias" not in tensors:
+        reason = f" ({tensors})" if isinstance(tensors, str) else ""
+        yield Finding(
+            what,
+            f"{file}: is no visual projector{reason}",
+            "give glm_proj.safetensors of scripts/convert_visualglm.py, or projector.safetensors of a stage=rep",
+            True,
+        )
+        return
+    hidden, width = tensors["linear.weight"]
+    known, q = llm_config(cfg), _width(cfg)
+    wanted = (hidden if known is None else known[0].get_text_config(decoder=True).hidden_size, q or width)
+    good = (hidden, width) == wanted
+    fix = f"features of {wanted[1]} are to become {wanted[0]}: take one of this encoder and this language model"
+    yield Finding(what, f"{file}: {width} → {hidden} numbers", "" if good else fix, not good)
+
+
+def _width(cfg: Config) -> int | None:
+    """q where a file or the configuration tells it."""
+    if cfg.vision.kind is VisionKind.precomputed:
+        return cfg.vision.shape[1] if cfg.vision.shape else None
+    config = read_json(Path(cfg.vision.path) / "config.json") if cfg.vision.path else None
+    return visual_shape(cfg)[1] if config is not None else None
+
+
 def agreement(cfg: Config) -> Iterator[Finding]:
     """Whether tokenizer, language model, prompt, visual tokens and prefix go together; nothing without a checkpoint."""
     known = llm_config(cfg)
@@ -171,6 +245,12 @@ def agreement(cfg: Config) -> Iterator[Finding]:
         tokens, width = visual_shape(cfg)
         yield Finding("projector", f"{tokens} visual tokens a sample, {width} → {config.hidden_size} numbers each")
     yield from prefix(Path(cfg.llm.path) / "adapter", config)
+    if cfg.eerg.adapter_from is not None:
+        start = Path(cfg.eerg.adapter_from)
+        if read_json(start / "adapter_config.json") is None:
+            told = f"{start}: its adapter_config.json is not there or cannot be read"
+            yield Finding("eerg.adapter_from", told, "give an adapter's folder, or leave it out", True)
+        yield from prefix(start, config)
 
 
 def _ids(path: str, tokenizer: Any, config: PretrainedConfig) -> Iterator[Finding]:

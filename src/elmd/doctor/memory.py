@@ -60,7 +60,8 @@ def estimates(cfg: Config, config: PretrainedConfig, *, share: int = 1) -> Itera
     text, width, prompt = config.get_text_config(decoder=True), visual_shape(cfg)[1], cfg.prompt.max_prompt_tokens
     projector = (width + 1) * text.hidden_size if cfg.sees_video else 0
     config = deepcopy(config)
-    config._attn_implementation = cfg.llm.attention
+    # All but eager are fused kernels, and their packages need not be here to count.
+    config._attn_implementation = "eager" if cfg.llm.attention == "eager" else "sdpa"
 
     def step(
         stage: str, own: RepConfig | EergConfig, targets: int, trainables: int, **others: int
@@ -100,11 +101,14 @@ def estimates(cfg: Config, config: PretrainedConfig, *, share: int = 1) -> Itera
     )
 
 
-def show(cfg: Config, config: PretrainedConfig, *, share: int = 1, here: float | None = None) -> None:
+def show(
+    cfg: Config, config: PretrainedConfig, *, assumed: bool = False, share: int = 1, here: float | None = None
+) -> None:
     """Print the estimate, and what fits on usual GPUs.
 
     Args:
         config, share: as in `estimates`.
+        assumed: whether `config` is not the checkpoint's own.
         here: GiB of this machine's GPU.
 
     Raises:
@@ -112,6 +116,7 @@ def show(cfg: Config, config: PretrainedConfig, *, share: int = 1, here: float |
     """
     found = list(estimates(cfg, config, share=share))
     spread = f", weights spread over {share} GPUs" if share > 1 else ""
+    shape = " (assumed: the public model's shape)" if assumed else ""
     memory = [
         [
             _name(one),
@@ -127,7 +132,7 @@ def show(cfg: Config, config: PretrainedConfig, *, share: int = 1, here: float |
         for one in found
     ]  # fmt: skip
     table(
-        f"GiB on each GPU for one micro-batch of longest rows: llm={cfg.llm.name}{spread}",
+        f"GiB on each GPU for one micro-batch of longest rows: llm={cfg.llm.name}{shape}{spread}",
         ["stage", "rows × tokens", "weights", "trained", "activations", "logits", "workspace", "sum"],
         memory,
     )
