@@ -82,7 +82,9 @@ class Parts:
             )
         if len(seen) < len(samples):
             left = len(samples) - len(seen)
-            logger.warning("%d of %d samples have no clip, which is all that trains here: left out", left, len(samples))
+            logger.warning(
+                "%d of %d samples left out: only the projector trains, and they have no clip", left, len(samples)
+            )
         return seen
 
     def examples(self, samples: Sequence[Sample], task: Task, *, with_target: bool, video: bool = True) -> Examples:
