@@ -48,3 +48,8 @@ class ArtifactError(ElmdError):
 
 class TrainingError(ElmdError):
     """Training cannot go on: a loss that is not finite, a rank that died, an impossible batch."""
+
+
+def reason(error: BaseException) -> str:
+    """What another library's error says, as a part of our sentence: its first line without the full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -17,12 +17,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from elmd.config import BOOTSTRAP, Config, VisionKind
 from elmd.data.encode import Encoder
 from elmd.doctor.findings import HOMES, Finding, read_json
-from elmd.errors import CheckpointError, ConfigError
-from elmd.labels import WORDS, Emotion
+from elmd.errors import CheckpointError, ConfigError, reason
+from elmd.labels import WORDS
+from elmd.models.adapter import prefix_shape
 from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.models.llm import pick_dtype
-from elmd.stages.parts import prompt_of
-from elmd.types import Sample, Utterance
+from elmd.stages.parts import encoder_of, shortest_prompt
 
 #: Files smaller than this (bytes) hold no weights: what git leaves where large files were not fetched.
 _POINTER = 1024
@@ -231,12 +231,11 @@ def agreement(cfg: Config) -> Iterator[Finding]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.llm.path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        yield Finding("tokenizer", f"cannot be loaded ({reason})", "fetch or convert the checkpoint again", True)
+        yield Finding("tokenizer", f"cannot be loaded ({reason(error)})", "fetch or convert the checkpoint again", True)
         return
     yield from _ids(cfg.llm.path, tokenizer, config)
     try:
-        encoder = Encoder(tokenizer, prompt_of(cfg.prompt), cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
+        encoder = encoder_of(tokenizer, cfg.prompt)
         yield _words(encoder)
         yield from _lengths(cfg, encoder, config)
     except (CheckpointError, ConfigError) as error:
@@ -293,9 +292,9 @@ def _words(encoder: Encoder) -> Finding:
 def _lengths(cfg: Config, encoder: Encoder, config: PretrainedConfig) -> Iterator[Finding]:
     """The shortest prompt there can be, and the longest row."""
     slots, limit = visual_shape(cfg)[0], cfg.prompt.max_prompt_tokens
-    turn = Utterance("", "A", "…", Emotion.NEUTRAL)
-    empty = encoder(Sample("", "", "", "train", (), turn, turn), (), "eerg", slots, with_target=False)
-    yield Finding("prompt", f"{empty.length} tokens of {limit:,} before any dialogue, {slots} of them visual")
+    yield Finding(
+        "prompt", f"{shortest_prompt(encoder, slots)} tokens of {limit:,} before any dialogue, {slots} of them visual"
+    )
     longest, positions = limit + cfg.prompt.max_target_tokens, getattr(config, "max_position_embeddings", None)
     if positions is not None:
         yield Finding(
@@ -311,9 +310,7 @@ def prefix(folder: Path, config: PretrainedConfig) -> Iterator[Finding]:
     saved = read_json(folder / "adapter_config.json")
     if saved is None or saved.get("peft_type") != "PREFIX_TUNING":
         return
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    wanted = (config.num_hidden_layers, heads, heads * width)
+    wanted = prefix_shape(config)
     found = tuple(saved.get(key) for key in ("num_layers", "num_attention_heads", "token_dim"))
     shape = "{} layers, {} KV heads, {} numbers".format
     good = found == wanted

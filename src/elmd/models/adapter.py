@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, TaskType, get_peft_m
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from elmd.errors import CheckpointError
@@ -68,7 +68,7 @@ class Prefix(nn.Module):
     @classmethod
     def create(cls, llm: PreTrainedModel, length: int, dropout: float) -> Prefix:
         """A new table without reparametrisation, drawn from N(0, 1) as in the original."""
-        layers, heads, numbers = _prefix_shape(llm)
+        layers, heads, numbers = prefix_shape(llm.config)
         config = PrefixTuningConfig(
             task_type=TaskType.CAUSAL_LM, num_virtual_tokens=length, prefix_projection=False,
             num_layers=layers, num_attention_heads=heads, token_dim=numbers,
@@ -131,9 +131,9 @@ class Lora(nn.Module):
 Adapter = Prefix | Lora
 
 
-def _prefix_shape(llm: PreTrainedModel) -> tuple[int, int, int]:
-    """Layers, KV heads g, and g·d of a language model."""
-    shape = llm.config.get_text_config(decoder=True)
+def prefix_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Layers, KV heads g, and g·d of a language model's prefix."""
+    shape = config.get_text_config(decoder=True)
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     return shape.num_hidden_layers, heads, heads * width
@@ -155,7 +155,10 @@ def load_adapter(llm: PreTrainedModel, folder: Path, *, trainable: bool = False,
             return Lora(PeftModel.from_pretrained(llm, str(folder), is_trainable=trainable))
         if saved["peft_type"] != "PREFIX_TUNING":
             raise ValueError(saved["peft_type"])
-        found, wanted = (saved["num_layers"], saved["num_attention_heads"], saved["token_dim"]), _prefix_shape(llm)
+        found, wanted = (
+            (saved["num_layers"], saved["num_attention_heads"], saved["token_dim"]),
+            prefix_shape(llm.config),
+        )
         if found != wanted:
             raise CheckpointError(
                 f"is a prefix of {found[0]} layers, {found[1]} KV heads and {found[2]} numbers, "

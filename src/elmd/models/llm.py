@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from elmd.errors import CheckpointError
+from elmd.errors import CheckpointError, reason
 from elmd.log import logger
 
 
@@ -65,7 +65,7 @@ def open_llm(path: str | Path, *, attention: str = "sdpa") -> tuple[PreTrainedCo
             AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except ImportError as error:
         raise CheckpointError(
-            f"attention {attention!r} cannot be used here ({_first_line(error)})",
+            f"attention {attention!r} cannot be used here ({reason(error)})",
             where=path,
             fix="install its package, or set llm.attention=sdpa",
         ) from error
@@ -85,14 +85,10 @@ def open_llm(path: str | Path, *, attention: str = "sdpa") -> tuple[PreTrainedCo
 
 def _unusable(path: str | Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"cannot be loaded as a language model ({_first_line(error)})",
+        f"cannot be loaded as a language model ({reason(error)})",
         where=path,
         fix="give llm.path a folder that AutoModelForCausalLM loads without remote code, in whole safetensors files",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".:")
 
 
 def freeze(model: Any) -> Any:

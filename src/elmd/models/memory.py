@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from elmd.data.collate import Batch
-from elmd.errors import CheckpointError
+from elmd.errors import CheckpointError, reason
 from elmd.models.adapter import Adapter, Lora, Prefix
 from elmd.models.elmd import Elmd
 
@@ -110,9 +110,8 @@ def step_memory(
         with live:
             model.loss(batch).sum().backward()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CheckpointError(
-            f"the memory of this {config.model_type} model cannot be predicted ({reason})",
+            f"the memory of this {config.model_type} model cannot be predicted ({reason(error)})",
             where=config.name_or_path or None,
             fix="set llm.checkpointing=always or never",
         ) from error

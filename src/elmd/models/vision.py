@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elmd.errors import CheckpointError
+from elmd.errors import CheckpointError, reason
 
 #: Mean and standard deviation of CLIP's training images, which BLIP-2 and VisualGLM normalise with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -220,13 +220,12 @@ def _snapshot(name: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # also those of the HTTP library that the hub's client happens to be built on
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise _unfetched(name, reason) from error
+        raise _unfetched(name, reason(error)) from error
 
 
-def _unfetched(name: str, reason: str) -> CheckpointError:
+def _unfetched(name: str, why: str) -> CheckpointError:
     return CheckpointError(
-        f"is no folder, and as a hub id it cannot be had ({reason})",
+        f"is no folder, and as a hub id it cannot be had ({why})",
         where=name,
         fix="check vision.path and the connection, or download the repository and give its folder",
     )

@@ -20,7 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device, load_file_path
 from torch import Tensor
 
-from elmd.errors import CheckpointError
+from elmd.errors import CheckpointError, reason
 from elmd.log import logger, progress
 from elmd.retrieval.self_separation import SelfSeparation
 
@@ -60,9 +60,8 @@ def load_retriever(
         else:
             modules = [_load_module(source, entry) for entry in json.loads(Path(listing).read_text(encoding="utf-8"))]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"cannot be loaded as a sentence encoder ({reason.rstrip('.')})",
+            f"cannot be loaded as a sentence encoder ({reason(error)})",
             where=source,
             fix="give a folder of sentence-transformers or a BERT-like encoder with safetensors weights",
         ) from error

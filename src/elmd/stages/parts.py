@@ -148,8 +148,7 @@ def load_parts(cfg: Config, job: Job) -> Parts:
         onto="cpu" if sharding(job.accelerator) else None,  # the GPU may hold a part only
     )
     check_ids(tokenizer, llm.config, cfg.llm.path)
-    encoder = Encoder(tokenizer, prompt_of(cfg.prompt), cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
-    return Parts(samples, demonstrations, features, width, llm, encoder)
+    return Parts(samples, demonstrations, features, width, llm, encoder_of(tokenizer, cfg.prompt))
 
 
 def check_parts(cfg: Config) -> None:
@@ -166,9 +165,7 @@ def check_parts(cfg: Config) -> None:
     pick_dtype(cfg.llm.dtype, torch.device("cpu"))
     config, tokenizer = open_llm(cfg.llm.path, attention=cfg.llm.attention)
     check_ids(tokenizer, config, cfg.llm.path)
-    encoder = Encoder(tokenizer, prompt_of(cfg.prompt), cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
-    turn = Utterance("", "A", "…", Emotion.NEUTRAL)
-    encoder(Sample("", "", "", "train", (), turn, turn), (), "eerg", cfg.vision.frames, with_target=False)
+    shortest_prompt(encoder_of(tokenizer, cfg.prompt), cfg.vision.frames if cfg.sees_video else 0)
 
 
 def check_ids(tokenizer: Any, config: PreTrainedConfig, path: str | Path | None) -> None:
@@ -190,6 +187,21 @@ def place(model: Elmd, accelerator: Accelerator) -> Elmd:
     if sharding(accelerator):
         shard(model.llm, accelerator)
     return model.to(accelerator.device)
+
+
+def shortest_prompt(encoder: Encoder, slots: int) -> int:
+    """Tokens of a prompt without anything to tell.
+
+    Raises:
+        ConfigError: that is too long already.
+    """
+    turn = Utterance("", "A", "…", Emotion.NEUTRAL)
+    return encoder(Sample("", "", "", "train", (), turn, turn), (), "eerg", slots, with_target=False).length
+
+
+def encoder_of(tokenizer: Any, config: PromptConfig) -> Encoder:
+    """The encoder of a configuration."""
+    return Encoder(tokenizer, prompt_of(config), config.max_prompt_tokens, config.max_target_tokens)
 
 
 def prompt_of(config: PromptConfig) -> Prompt:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from elmd.errors import CheckpointError
+from elmd.errors import CheckpointError, reason
 from elmd.log import progress
 
 #: What a source tensor becomes: names and tensors, none if it is dropped on purpose. Works on meta tensors too, keeps
@@ -354,4 +354,4 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return reason(error)
