@@ -73,6 +73,20 @@ def test_ablations_differ_in_declared_keys_only(experiment: str, ablation: str) 
     assert changed == expected
 
 
+@pytest.mark.parametrize("experiment", ["demo", "table2_m3ed", "cped_tiny"])
+def test_visualglm_is_elmd_configured_otherwise(experiment: str) -> None:
+    full = flat(plain(compose([f"experiment={experiment}", *GIVEN])))
+    other = flat(plain(compose([f"experiment={experiment}", "baseline=visualglm", *GIVEN])))
+    assert {key: other[key] for key in full if full[key] != other[key]} == {
+        "baseline.name": "visualglm",
+        "vision.frames": 1,
+        "vision.sampling": "random",
+        "retriever.k": 0,
+        "eerg.projector_from": "random",
+        "eerg.with_emotion": False,
+    }
+
+
 @pytest.mark.parametrize("ablation", DECLARED)
 def test_ablations_survive_what_an_experiment_sets(ablation: str, tmp_path: Path) -> None:
     """An experiment that sets the very keys must still be overruled by the ablation, which comes after it."""
@@ -97,6 +111,8 @@ def test_ablations_survive_what_an_experiment_sets(ablation: str, tmp_path: Path
             ["erm.emotion_weight=0", "erm.separation_weight=0", "retriever.key=e_u"],
             "both losses of eq. 4 have weight 0",
         ),
+        (["vision.sampling=random"], "vision.frames: sampling=random takes one frame, not 4; set vision.frames=1"),
+        (["vision.kind=resnet"], "vision.kind: ResNet's features are for Livebot"),
         (["generate.seeds=[]"], "generate.seeds: there is no seed to decode with; use [0], or several."),
     ],
 )
@@ -200,7 +216,7 @@ def command(*arguments: str, cwd: Path, module: str = "elmd.train") -> subproces
 def test_help_lists_stages_groups_and_choices(tmp_path: Path) -> None:
     done = command("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for word in ("stage: bootstrap prepare erm index features rep eerg all", "ablation: no_erm", "chatglm2_6b", "m3ed"):
+    for word in ("stage: bootstrap prepare erm index features rep eerg baseline all", "ablation: no_erm", "chatglm2_6b", "m3ed"):
         assert word in done.stdout, word
 
 

@@ -26,7 +26,7 @@ from oracle import slow_loss, slow_reply
 
 PROMPT = Prompt(
     instruction="{task}\n", background="{background}\n", turn="{speaker}：{text}\n", utterance="{speaker}：{text}\n",
-    video="画面：{video}\n", demonstration="参考：{response}\n", rep="情感？", eerg="回复？",
+    video="画面：{video}\n", demonstration="参考：{response}\n", rep="情感？", eerg="回复？", reply="说？",
 )  # fmt: skip
 SAMPLES = make_samples(8)
 VISUAL: dict[str, Tensor | None] = {

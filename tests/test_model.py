@@ -31,7 +31,7 @@ from oracle import slow_loss, slow_reply
 
 PROMPT = Prompt(
     instruction="{task}\n", background="{background}\n", turn="{speaker}：{text}\n", utterance="{speaker}：{text}\n",
-    video="画面：{video}\n", demonstration="参考：{response}\n", rep="情感？", eerg="回复？",
+    video="画面：{video}\n", demonstration="参考：{response}\n", rep="情感？", eerg="回复？", reply="说？",
 )  # fmt: skip
 SAMPLES = make_samples()
 VISUAL = {s.id: torch.randn(3 + i % 2, 6, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(SAMPLES)}
@@ -121,10 +121,17 @@ def test_target_is_emotion_then_response_and_splits_back(encoder) -> None:
     text = encoder.tokenizer.decode(row.target, skip_special_tokens=True)
     gold = SAMPLES[1].response
     assert row.target[-1] == encoder.tokenizer.eos_token_id
-    assert PROMPT.split_target(text) == (gold.emotion, gold.text)
-    assert PROMPT.split_target("我不知道") == (None, "我不知道")
-    assert PROMPT.split_target("高兴") == (Emotion.HAPPY, "")
+    assert PROMPT.split_target(text, "eerg") == (gold.emotion, gold.text)
+    assert PROMPT.split_target("我不知道", "eerg") == (None, "我不知道")
+    assert PROMPT.split_target("高兴", "eerg") == (Emotion.HAPPY, "")
     assert examples(encoder, "rep").rows[1].target == [*encoder.text(WORDS[gold.emotion]), 2]
+
+
+def test_a_reply_alone_names_no_emotion() -> None:
+    assert PROMPT.target(Emotion.HAPPY, "高兴死了", "reply") == "高兴死了"
+    assert PROMPT.split_target("高兴死了", "reply") == (None, "高兴死了")
+    parts = PROMPT.parts(SAMPLES[0], [], "reply", video=False)
+    assert parts["instruction"] == "说？\n"
 
 
 def test_prompt_does_not_depend_on_the_target_and_parts_stand_in_order(encoder) -> None:

@@ -181,11 +181,15 @@ def _keys(node: DictConfig, prefix: str = "") -> list[str]:
 def experiment_folder(cfg: Config) -> Path:
     """`runs/experiments/<name>/`; each job of a sweep has its own folder there, named by what the job sets."""
     folder = Path(cfg.runs_dir) / "experiments" / cfg.experiment_name
+    job = cfg.job
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         job = HydraConfig.get().job.override_dirname or "job"
-        # File systems take names of 255 bytes; what does not fit is told apart by its digest.
-        folder /= job if len(job.encode()) <= LONGEST else f"{job[:LONGEST]}…{digest(job)}"
-    return folder
+    return folder / job_name(job) if job else folder
+
+
+def job_name(job: str) -> str:
+    """The folder of a job: file systems take names of 255 bytes, and what does not fit is told apart by its digest."""
+    return job if len(job.encode()) <= LONGEST else f"{job[:LONGEST]}…{digest(job)}"
 
 
 def _register() -> None:

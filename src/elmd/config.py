@@ -28,6 +28,7 @@ class StageName(Enum):  # no StrEnum: `index` is a method of strings
     features = "features"
     rep = "rep"
     eerg = "eerg"
+    baseline = "baseline"
     all = "all"
 
 
@@ -51,9 +52,15 @@ class OnMissingClip(StrEnum):
 
 
 class VisionKind(StrEnum):
-    encoder = "encoder"
+    encoder = "encoder"  # BLIP-2's classes: ViT and Q-Former
+    resnet = "resnet"  # one vector per frame, for baseline=livebot
     precomputed = "precomputed"
     none = "none"
+
+
+class Sampling(StrEnum):
+    uniform = "uniform"  # m frames, evenly spread
+    random = "random"  # one frame, drawn by the sample's id (§4.2, VisualGLM)
 
 
 class Decoder(StrEnum):
@@ -88,6 +95,20 @@ class AdapterKind(StrEnum):
     prefix = "prefix"
     lora = "lora"
     none = "none"
+
+
+class BaselineName(StrEnum):
+    """Table 2's systems that are not ELMD; `none` is ELMD."""
+
+    none = "none"
+    dialogpt = "dialogpt"
+    livebot = "livebot"
+    visualglm = "visualglm"
+
+    @property
+    def own_model(self) -> bool:
+        """Whether it is a network of its own, and not ELMD's parts configured otherwise."""
+        return self in (BaselineName.dialogpt, BaselineName.livebot)
 
 
 class SelectionSplit(StrEnum):
@@ -149,6 +170,7 @@ class VisionConfig:
     kind: VisionKind = MISSING
     path: str | None = None
     frames: int = 8  # m; not in the paper, ours
+    sampling: Sampling = Sampling.uniform
     decoder: Decoder = Decoder.decord
     workers: int = 2
     timeout_s: float = 60.0  # per clip
@@ -180,6 +202,7 @@ class PromptConfig:
     demonstration: str = MISSING
     rep: str = MISSING
     eerg: str = MISSING
+    reply: str = MISSING
     emotion_end: str = "。"
     max_prompt_tokens: int = 1024
     max_target_tokens: int = 128
@@ -226,6 +249,7 @@ class EergConfig:
     lr_adapter: float = 2e-2  # §4.3
     lr_projector: float = 2e-2  # §4.3 (preset `paper`; preset `safe` has 2e-5)
     projector_from: ProjectorInit = ProjectorInit.rep
+    with_emotion: bool = True  # eq. 11: the emotion, then the response; false: the response alone (VisualGLM)
     prefix_length: int = 128
     prefix_dropout: float = 0.1
     lora_rank: int = 8
@@ -238,6 +262,38 @@ class EergConfig:
     evaluate_every: int = 500
     select_on: SelectionSplit = SelectionSplit.valid
     checkpoint_every: int = 200
+
+
+@dataclass
+class BaselineConfig:
+    """DialoGPT and Livebot: Transformers trained from scratch on the training split (§4.2)."""
+
+    name: BaselineName = BaselineName.none
+    vocab: str | None = None  # a BERT vocab.txt; None: the characters of the training text
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    ff: int = 3072
+    dropout: float = 0.1
+    max_tokens: int = 300  # of a sequence; the oldest history goes first
+    epochs: int = 40
+    batch_size: int = 16
+    lr: float = 2.6e-5
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 2.0
+    micro_tokens: int = 4096
+    evaluate_every: int = 500
+    select_on: SelectionSplit = SelectionSplit.valid
+    checkpoint_every: int = 200
+
+
+@dataclass
+class LauncherConfig:
+    """How `python -m elmd.sweep` starts a sweep's jobs; nothing else reads it."""
+
+    slots: int = 0  # jobs at a time; 0: as many as the GPUs allow, one without a GPU
+    gpus: int = 1  # GPUs of a job
 
 
 @dataclass
@@ -276,6 +332,7 @@ class Config:
     stage: StageName = StageName.all
     seed: int = 0
     experiment_name: str = "default"
+    job: str | None = None  # a sweep's job: its folder below the experiment's; set by the launcher
     runs_dir: str = "runs"
     force: bool = False
     cpu: bool = False
@@ -289,7 +346,9 @@ class Config:
     erm: ErmConfig = field(default_factory=ErmConfig)
     rep: RepConfig = field(default_factory=RepConfig)
     eerg: EergConfig = field(default_factory=EergConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     predictions: str | None = None  # evaluate only: a predictions JSONL to score instead of generating
     ablation_name: str = "none"
 
@@ -358,6 +417,12 @@ RANGES = {
     "eerg.lora_rank": _SOME, "eerg.lora_alpha": _SOME, "eerg.lora_dropout": _DROPOUT,
     "eerg.warmup": _SHARE, "eerg.weight_decay": _ANY, "eerg.max_grad_norm": _POSITIVE, "eerg.micro_tokens": _SOME,
     "eerg.evaluate_every": _SOME, "eerg.checkpoint_every": _SOME,
+    "baseline.layers": _SOME, "baseline.width": _SOME, "baseline.heads": _SOME, "baseline.ff": _SOME,
+    "baseline.dropout": _DROPOUT, "baseline.max_tokens": Range(8), "baseline.epochs": _SOME,
+    "baseline.batch_size": _SOME, "baseline.lr": _ANY, "baseline.warmup": _SHARE, "baseline.weight_decay": _ANY,
+    "baseline.max_grad_norm": _POSITIVE, "baseline.micro_tokens": _SOME, "baseline.evaluate_every": _SOME,
+    "baseline.checkpoint_every": _SOME,
+    "launcher.slots": _ANY, "launcher.gpus": _SOME,
     "generate.top_p": Range(0, 1, above=True), "generate.temperature": _ANY, "generate.max_new_tokens": _SOME,
     "generate.batch_tokens": _SOME,
 }  # fmt: skip
@@ -402,9 +467,9 @@ def check(cfg: Config) -> None:
             fix="set bootstrap.text=tiny, or choose data=cped, m3ed or jsonl",
         )
     for name, group, used in (
-        ("llm", cfg.llm, True),
-        ("vision", cfg.vision, cfg.vision.kind is VisionKind.encoder),
-        ("retriever", cfg.retriever, cfg.retrieves),
+        ("llm", cfg.llm, not cfg.baseline.name.own_model),
+        ("vision", cfg.vision, cfg.sees_video and cfg.vision.kind is not VisionKind.precomputed),
+        ("retriever", cfg.retriever, cfg.retrieves and not cfg.baseline.name.own_model),
     ):
         if used and group.path is None:
             raise ConfigError(
@@ -423,6 +488,18 @@ def check(cfg: Config) -> None:
             "E_s is the output of self-separation, which erm.separation_weight=0 leaves untrained",
             where="retriever.key",
             fix="set retriever.key=e_u, as ablation=no_ssc does",
+        )
+    if cfg.vision.sampling is Sampling.random and cfg.vision.frames != 1:
+        raise ConfigError(
+            f"sampling=random takes one frame, not {cfg.vision.frames}",
+            where="vision.frames",
+            fix="set vision.frames=1, or vision.sampling=uniform",
+        )
+    if cfg.vision.kind is VisionKind.resnet and cfg.baseline.name is not BaselineName.livebot:
+        raise ConfigError(
+            "ResNet's features are for Livebot; ELMD's projector takes those of a ViT and Q-Former",
+            where="vision.kind",
+            fix="choose another vision=…, or baseline=livebot",
         )
     if cfg.eerg.adapter is AdapterKind.none and not cfg.sees_video:
         raise ConfigError(

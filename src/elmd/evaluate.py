@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elmd.cli import command, experiment_folder
-from elmd.config import Config, StageName
+from elmd.config import Config, StageName, plain
 from elmd.errors import ConfigError
 from elmd.log import logger, table
 
@@ -25,6 +25,7 @@ def evaluate(cfg: Config, accelerator: Accelerator) -> None:
         raise ConfigError("has no stages", where="elmd.evaluate", fix="leave stage= out; python -m elmd.train has them")
 
     from elmd.data.samples import load_samples
+    from elmd.evaluation.runs import system_name
     from elmd.evaluation.score import read_predictions
     from elmd.stages.chain import Chain
     from elmd.stages.generate import PREDICTIONS
@@ -37,12 +38,14 @@ def evaluate(cfg: Config, accelerator: Accelerator) -> None:
         return
     samples = load_samples(chain.folder("prepare") / "samples.jsonl")
     responses = [sample.response.text for sample in samples if sample.split == "train"]
-    name = "ELMD" if cfg.ablation_name == "none" else f"ELMD {cfg.ablation_name.replace('no_', 'w/o ').upper()}"
+    name = system_name(plain(cfg))
     stages = {
         stage: chain.manifest(stage)["metrics"] for stage in chain.order("generate") if stage in ("erm", "index", "rep")
     }
     about = {
         "experiment": cfg.experiment_name,
+        "system": name,
+        "baseline": cfg.baseline.name.value,
         "ablation": cfg.ablation_name,
         "seed": cfg.seed,
         "split": cfg.generate.split.value,
@@ -56,7 +59,7 @@ def evaluate(cfg: Config, accelerator: Accelerator) -> None:
     write_scores({name: predictions}, responses, folder, about)
     table(
         f"The first of them; all are in {link}",
-        ["utterance", "demonstration", "reply by ELMD", "emotion", "gold reply", "emotion"],
+        ["utterance", "demonstration", f"reply by {name}", "emotion", "gold reply", "emotion"],
         [
             (
                 str(p.extra["prompt"]["utterance"]).strip(),

@@ -16,7 +16,8 @@ from elmd.errors import CheckpointError
 from elmd.labels import WORDS, Emotion
 from elmd.types import Demonstration, Sample
 
-Task = Literal["rep", "eerg"]
+#: What is asked for: the emotion (eq. 10), the emotion and the response (eq. 11), the response alone (VisualGLM).
+Task = Literal["rep", "eerg", "reply"]
 
 #: Stands where the video slots go while the chat template is rendered; removed from users' text beforehand.
 SLOTS = "\ue000"
@@ -27,13 +28,13 @@ class Prompt:
     """Texts of the parts, each with the fields it fills in.
 
     Attributes:
-        instruction: I; same for every sample. `{task}` is the sentence `rep` or `eerg`.
+        instruction: I; same for every sample. `{task}` is the sentence `rep`, `eerg` or `reply`.
         background: `{background}`; the part is left out where a sample has none.
         turn: one turn of H: `{speaker}`, `{text}`.
         utterance: u: `{speaker}`, `{text}`, and `{responder}`, the speaker of r.
         video: what surrounds the slots: `{video}`; left out where a sample has no visual tokens.
         demonstration: R, with a sentence that says what it is: `{response}`, `{utterance}`.
-        rep, eerg: the sentence that asks for each task's target.
+        rep, eerg, reply: the sentence that asks for each task's target.
         emotion_end: ends the emotion word in EERG's target `<emotion>。<response>` (eq. 11).
     """
 
@@ -45,6 +46,7 @@ class Prompt:
     demonstration: str
     rep: str
     eerg: str
+    reply: str
     emotion_end: str = "。"
 
     def parts(
@@ -81,12 +83,16 @@ class Prompt:
 
     def target(self, emotion: Emotion, response: str, task: Task) -> str:
         """What the model learns to write: the emotion word (eq. 10), and for EERG the response after it (eq. 11)."""
+        if task == "reply":
+            return clean(response)
         word = WORDS[emotion]
         return word if task == "rep" else f"{word}{self.emotion_end}{clean(response)}"
 
-    def split_target(self, text: str) -> tuple[Emotion | None, str]:
-        """Undo `target` of EERG on generated text: (emotion, response); emotion None where no label word leads."""
+    def split_target(self, text: str, task: Task) -> tuple[Emotion | None, str]:
+        """Undo `target` on generated text: (emotion, response); emotion None where none was asked for or none leads."""
         text = text.strip()
+        if task == "reply":
+            return None, text
         for emotion, word in WORDS.items():
             if text.startswith(word):
                 rest = text[len(word) :]

@@ -37,9 +37,11 @@ def doctor(cfg: Config, accelerator: Accelerator) -> None:
     from elmd.doctor.checkpoints import agreement, checkpoints, llm_config, loading, projector
 
     check_ranges(cfg)
-    wrong = list(loading(cfg))
-    findings = [*machine(cfg, accelerator), *data(cfg), *checkpoints(cfg), *wrong, *agreement(cfg), *projector(cfg)]
-    known = llm_config(cfg)
+    findings = [*machine(cfg, accelerator), *data(cfg), *checkpoints(cfg)]
+    wrong, known = [], None
+    if not cfg.baseline.name.own_model:  # those have no language model
+        wrong, known = list(loading(cfg)), llm_config(cfg)
+        findings += [*wrong, *agreement(cfg), *projector(cfg)]
     if not any(finding.missing for finding in findings):
         findings += list(rules(cfg)) or stages(cfg, accelerator)
     table(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GlmConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from elmd.config import BOOTSTRAP, Config, VisionKind
+from elmd.config import BOOTSTRAP, BaselineName, Config, Sampling, VisionKind
 from elmd.data.encode import Encoder
 from elmd.doctor.findings import HOMES, Finding, read_json
 from elmd.errors import CheckpointError, ConfigError, reason
@@ -35,10 +35,11 @@ _GROUP_WANTS = {"llm": "a causal language model", "vision": "a BLIP-2 encoder", 
 
 def checkpoints(cfg: Config) -> Iterator[Finding]:
     """One finding for each checkpoint that this configuration uses."""
-    yield _checkpoint("llm", cfg.llm.name, cfg.llm.path)
-    if cfg.vision.kind is VisionKind.encoder:
+    if not cfg.baseline.name.own_model:
+        yield _checkpoint("llm", cfg.llm.name, cfg.llm.path)
+    if cfg.vision.kind in (VisionKind.encoder, VisionKind.resnet) and cfg.baseline.name is not BaselineName.dialogpt:
         yield _checkpoint("vision", cfg.vision.name, cfg.vision.path)
-    if cfg.retrieves:
+    if cfg.retrieves and not cfg.baseline.name.own_model:
         yield _checkpoint("retriever", cfg.retriever.name, cfg.retriever.path)
 
 
@@ -160,7 +161,7 @@ def visual_shape(cfg: Config) -> tuple[int, int]:
     if config is not None and cfg.vision.kind is VisionKind.encoder:
         tokens = config.get("num_query_tokens", tokens)
         width = (config.get("qformer_config") or {}).get("hidden_size", width)
-    return cfg.vision.frames + tokens, width
+    return tokens + (cfg.vision.frames if cfg.vision.sampling is Sampling.uniform else 0), width
 
 
 def loading(cfg: Config) -> Iterator[Finding]:

@@ -93,7 +93,7 @@ def read_predictions(path: Path) -> list[Prediction]:
         predictions.append(prediction)
     if not predictions:
         raise DataError("holds no predictions", where=path, fix="each line must be one JSON object")
-    _by_seed(predictions, str(path))
+    by_seed_of(predictions, str(path))
     return predictions
 
 
@@ -136,9 +136,9 @@ def score_all(
     if not systems:
         raise DataError("no predictions to score")
     first, *others = systems
-    references = _references(systems[first])
+    references = references_of(systems[first])
     for name in others:
-        _check_same(references, _references(systems[name]), first, name)
+        check_same(references, references_of(systems[name]), first, name)
     floors: dict[str, list[Prediction]] = {}
     if train_responses:
         floors["random response"] = random_floor(systems[first], train_responses, seed)
@@ -172,10 +172,10 @@ def compare(
     Raises:
         DataError: as `score_all`.
     """
-    references, mine = _references(ours), _pooled(ours, protocol)
+    references, mine = references_of(ours), _pooled(ours, protocol)
     result: dict[str, dict[str, dict[str, float]]] = {}
     for name, predictions in others.items():
-        _check_same(references, _references(predictions), "the first system", name)
+        check_same(references, references_of(predictions), "the first system", name)
         theirs = _pooled(predictions, protocol, order=list(references))
         result[name] = {}
         for metric, a in mine.items():
@@ -215,7 +215,7 @@ def common_floor(predictions: Sequence[Prediction], responses: Sequence[str]) ->
 
 def _bare(predictions: Sequence[Prediction]) -> list[Prediction]:
     """Each sample once, without what the system said of its emotion."""
-    first = next(iter(_by_seed(predictions, "predictions").values()))
+    first = next(iter(by_seed_of(predictions, "predictions").values()))
     return [replace(p, seed=None, gold_emotion=None, predicted_emotion=None, extra={}) for p in first]
 
 
@@ -288,7 +288,7 @@ def _emotion(value: Any, key: str, where: str) -> Emotion | None:
         raise DataError(f"has the unknown {key} {value!r}", where=where, fix=f"write one of {known}, or null") from None
 
 
-def _by_seed(predictions: Sequence[Prediction], where: str) -> dict[int | None, list[Prediction]]:
+def by_seed_of(predictions: Sequence[Prediction], where: str) -> dict[int | None, list[Prediction]]:
     """Predictions of each seed, all in the order of the first seed's samples."""
     found: dict[int | None, dict[str, Prediction]] = {}
     for p in predictions:
@@ -310,11 +310,11 @@ def _by_seed(predictions: Sequence[Prediction], where: str) -> dict[int | None, 
     return {seed: [rows[id_] for id_ in order] for seed, rows in found.items()}
 
 
-def _references(predictions: Sequence[Prediction]) -> dict[str, str]:
+def references_of(predictions: Sequence[Prediction]) -> dict[str, str]:
     return {p.id: p.reference for p in predictions}
 
 
-def _check_same(first: dict[str, str], second: dict[str, str], name: str, other: str) -> None:
+def check_same(first: dict[str, str], second: dict[str, str], name: str, other: str) -> None:
     odd = sorted(id_ for id_ in first.keys() | second.keys() if first.get(id_) != second.get(id_))
     if odd:
         what = f"{name} and {other} were not run on the same samples ({len(odd)} differ, e.g. {odd[0]!r})"
@@ -334,7 +334,7 @@ def _measure(predictions: Sequence[Prediction], protocol: str) -> dict[str, Metr
 
 def _pooled(predictions: Sequence[Prediction], protocol: str, order: Sequence[str] | None = None) -> dict[str, Metric]:
     """Metrics whose statistics sum the seeds of each sample; samples in the given or the first seed's order."""
-    by_seed = _by_seed(predictions, "predictions")
+    by_seed = by_seed_of(predictions, "predictions")
     ids = order or [p.id for p in next(iter(by_seed.values()))]
     rows = [{p.id: p for p in one} for one in by_seed.values()]
     return _sum([_measure([one[id_] for id_ in ids], protocol) for one in rows])
@@ -348,7 +348,7 @@ def _sum(per_seed: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
 
 
 def _score(predictions: Sequence[Prediction], protocols: Sequence[str]) -> dict[str, Any]:
-    by_seed = _by_seed(predictions, "predictions")
+    by_seed = by_seed_of(predictions, "predictions")
     runs = list(by_seed.values())
     groups: dict[str, list[dict[str, Any]]] = {}  # group -> scores of each seed
     intervals: dict[str, dict[str, list[float]]] = {}

@@ -213,6 +213,6 @@ def _told(title: str, found: dict[str, float], primary: str, counts: dict[str, i
 
 
 WORLD = Stage("bootstrap/world", 2, world_depends, world_run)
-LLM = Stage("bootstrap/llm", 2, llm_depends, llm_run)
+LLM = Stage("bootstrap/llm", 3, llm_depends, llm_run)
 VISION = Stage("bootstrap/vision", 1, vision_depends, vision_run)
 RETRIEVER = Stage("bootstrap/retriever", 2, retriever_depends, retriever_run)

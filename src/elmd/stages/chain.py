@@ -36,6 +36,7 @@ STAGES = {
     "features": ("features", "STAGE"),
     "rep": ("rep", "STAGE"),
     "eerg": ("eerg", "STAGE"),
+    "baseline": ("baseline", "STAGE"),
     "generate": ("generate", "STAGE"),
 }
 
@@ -92,15 +93,21 @@ class Chain:
 
         return visit(name)
 
+    @property
+    def last(self) -> str:
+        """The training whose result generates: EERG's, or that of a baseline with a model of its own."""
+        return "baseline" if self.cfg.baseline.name.own_model else "eerg"
+
     def run(self, name: StageName) -> None:
         """Run what the command line's `stage=` names: one stage, all stand-ins, or the whole chain."""
         if name is StageName.all:
             from elmd.stages.parts import check_parts
 
-            self._first(lambda: check_parts(self.cfg))
-            names = list(self.order("eerg"))
+            if self.last == "eerg":
+                self._first(lambda: check_parts(self.cfg))
+            names = list(self.order(self.last))
         elif name is StageName.bootstrap:
-            names = [n for n in self.order("eerg") if n.startswith("bootstrap/")]
+            names = [n for n in self.order(self.last) if n.startswith("bootstrap/")]
             if not names:
                 logger.info("nothing to make: no group of this configuration uses a stand-in")
         else:

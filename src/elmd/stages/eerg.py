@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from elmd.config import AdapterKind, Config, EergConfig, ProjectorInit, plain
+from elmd.data.prompts import Task
 from elmd.errors import CheckpointError
 from elmd.log import table
 from elmd.models.adapter import Adapter, Lora, Prefix, load_adapter
@@ -38,6 +39,11 @@ def depends(cfg: Config) -> Depends:
         files={"adapter": Path(start)} if start else {},
         seed=cfg.seed,
     )
+
+
+def task_of(cfg: Config) -> Task:
+    """What the prompt asks for and the target holds."""
+    return "eerg" if cfg.eerg.with_emotion else "reply"
 
 
 def create_adapter(llm: PreTrainedModel, eerg: EergConfig) -> Adapter | None:
@@ -74,9 +80,9 @@ def run(cfg: Config, job: Job) -> Outcome:
     if projector is not None:
         trained["projector"] = projector
 
-    samples = parts.split("train")
-    train = parts.examples(parts.with_clip(samples) if adapter is None else samples, "eerg", with_target=True)
-    selection = parts.examples(parts.split(cfg.eerg.select_on), "eerg", with_target=True)
+    samples, task_name = parts.split("train"), task_of(cfg)
+    train = parts.examples(parts.with_clip(samples) if adapter is None else samples, task_name, with_target=True)
+    selection = parts.examples(parts.split(cfg.eerg.select_on), task_name, with_target=True)
     model = place(Elmd(parts.llm, projector, adapter), job.accelerator)
     model.checkpointing = parts.checkpointing(cfg, job, model, train, cfg.eerg.batch_size, cfg.eerg.micro_tokens)
 

@@ -41,7 +41,8 @@ def depends(cfg: Config) -> Depends:
         return Depends(config={"kind": vision.kind.value, "shape": vision.shape}, upstream=upstream)
     # dtype changes the numbers; what `auto` becomes depends on the device, which is no part of a fingerprint
     config = {
-        "kind": vision.kind.value, "frames": vision.frames, "decoder": vision.decoder.value, "dtype": vision.dtype,
+        "kind": vision.kind.value, "frames": vision.frames, "sampling": vision.sampling.value,
+        "decoder": vision.decoder.value, "dtype": vision.dtype,
     }  # fmt: skip
     return Depends(config=config, upstream=upstream) | standin(vision.path, "vision")
 

@@ -9,6 +9,7 @@ from elmd.log import table
 from elmd.models.elmd import Elmd
 from elmd.models.inference import generate
 from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.stages.eerg import task_of
 from elmd.stages.parts import depends_on_parts, load_parts, place
 
 PREDICTIONS = "predictions.jsonl"
@@ -24,8 +25,8 @@ def run(cfg: Config, job: Job) -> Outcome:
     # The prompt is the one that the model was trained with, whatever the configuration says now.
     parts.encoder.prompt = Prompt.load(job.upstream["eerg"] / "prompt.json")
     model = place(Elmd.load(job.upstream["eerg"], parts.llm), job.accelerator)
-    samples = parts.split(cfg.generate.split)
-    examples = parts.examples(samples, "eerg", with_target=False)
+    samples, task = parts.split(cfg.generate.split), task_of(cfg)
+    examples = parts.examples(samples, task, with_target=False)
 
     predictions, unnamed, unfinished = [], 0, 0
     tokenizer, prompt = parts.encoder.tokenizer, parts.encoder.prompt
@@ -42,11 +43,11 @@ def run(cfg: Config, job: Job) -> Outcome:
             seed=seed,
         )
         for sample, row, new in zip(samples, examples.rows, ids, strict=True):
-            emotion, response = prompt.split_target(tokenizer.decode(new, skip_special_tokens=True))
+            emotion, response = prompt.split_target(tokenizer.decode(new, skip_special_tokens=True), task)
             unnamed += emotion is None
             unfinished += len(new) == cfg.generate.max_new_tokens
             demonstrations = parts.demonstrations.get(sample.id, [])
-            parts_of_prompt = prompt.parts(sample, demonstrations, "eerg", video=row.slots > 0)
+            parts_of_prompt = prompt.parts(sample, demonstrations, task, video=row.slots > 0)
             predictions.append(
                 Prediction(
                     id=sample.id,

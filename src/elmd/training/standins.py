@@ -32,6 +32,8 @@ T = TypeVar("T")
 HOLD_OUT = 20  # one in so many samples is kept for measuring
 #: Share of lessons that only ask to repeat a sentence: copying is what a demonstration needs, and is learnt late.
 REPEATED = 0.1
+#: Share of each kind of prompt among the other lessons; the baseline that asks for the reply alone is not to be strange.
+TASKS: dict[Task, float] = {"rep": 0.45, "eerg": 0.4, "reply": 0.15}
 
 
 def hold_out(items: Sequence[T]) -> tuple[list[T], list[T]]:
@@ -97,7 +99,7 @@ def lessons(
             sentence = clean(sample.response.text)
             yield Lesson(f"请重复：{sentence}", (), sentence)
             continue
-        task: Task = "rep" if draw.random() < 0.5 else "eerg"
+        (task,) = draw.choices(tuple(TASKS), tuple(TASKS.values()))
         shown = scenes and draw.random() < 0.8
         other = like(sample, draw) if draw.random() < 0.6 else None
         kept = None if draw.random() < 0.7 else draw.randint(0, len(sample.history))
