@@ -12,10 +12,10 @@ import pytest
 
 from elmd.errors import DataError
 from elmd.evaluation import score as scoring
+from elmd.evaluation.comparison import compare
 from elmd.evaluation.score import (
     Prediction,
     common_floor,
-    compare,
     random_floor,
     read_predictions,
     retrieval_floor,

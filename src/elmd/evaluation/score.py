@@ -1,4 +1,4 @@
-"""Predictions: reading, writing, scoring, floors, and comparing systems.
+"""Predictions: reading, writing, scoring, and floors. Comparing systems is `elmd.evaluation.comparison`.
 
 A predictions file is JSONL, one object per line: `id`, `hypothesis` and `reference` are required; `demonstration`,
 `gold_emotion`, `predicted_emotion`, `seed`, `tags` are read where they stand; anything else (prompt parts) is kept.
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from elmd.errors import DataError
-from elmd.evaluation.significance import bootstrap_interval, holm, over_seeds, paired_bootstrap, paired_permutation
+from elmd.evaluation.significance import bootstrap_interval, over_seeds
 from elmd.labels import Emotion
 from elmd.metrics.emotion import emotion_scores
 from elmd.metrics.text import PROTOCOLS, Metric, signatures, surface, versions
@@ -154,43 +154,66 @@ def score_all(
     }
 
 
-def compare(
-    ours: Sequence[Prediction],
-    others: Mapping[str, Sequence[Prediction]],
-    protocol: str = "strict",
-    *,
-    seed: int = 0,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Paired tests of one system against others on the same samples.
-
-    Corpus scores by paired bootstrap, means over samples by paired permutation, the decode seeds of a sample taken
-    together; Holm's correction runs over the whole family (all systems × all metrics).
-
-    Returns:
-        system -> metric -> `difference` (ours − theirs, × 100), `p`, `p_holm`.
+def measure(predictions: Sequence[Prediction], protocol: str) -> dict[str, Metric]:
+    """The metrics of one decoding, on its predictions as they stand.
 
     Raises:
-        DataError: as `score_all`.
+        DataError: an unknown protocol.
     """
-    references, mine = references_of(ours), _pooled(ours, protocol)
-    result: dict[str, dict[str, dict[str, float]]] = {}
-    for name, predictions in others.items():
-        check_same(references, references_of(predictions), "the first system", name)
-        theirs = _pooled(predictions, protocol, order=list(references))
-        result[name] = {}
-        for metric, a in mine.items():
-            b = theirs[metric]
-            test = (
-                paired_permutation(a.values, b.values, seed=seed)
-                if a.mean
-                else paired_bootstrap(a.statistics, b.statistics, a.reduce, seed=seed)
-            )
-            result[name][metric] = {"difference": test.difference, "p": test.p}
-    family = {f"{name}\n{metric}": row["p"] for name, rows in result.items() for metric, row in rows.items()}
-    for key, p in holm(family).items():
-        name, metric = key.split("\n")
-        result[name][metric]["p_holm"] = p
-    return result
+    if protocol not in PROTOCOLS:
+        raise DataError(f"unknown protocol {protocol!r}", fix=f"choose from {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol]([p.hypothesis for p in predictions], [p.reference for p in predictions])
+
+
+def pool(several: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """Metrics of several decodings of the same samples as one, whose statistics sum those of each sample."""
+    return {
+        name: replace(metric, statistics=np.sum([one[name].statistics for one in several], axis=0))
+        for name, metric in several[0].items()
+    }
+
+
+def by_seed_of(predictions: Sequence[Prediction], where: str) -> dict[int | None, list[Prediction]]:
+    """Predictions of each decode seed, all in the order of the first seed's samples.
+
+    Raises:
+        DataError: none there, a sample twice, or seeds that cover different samples; `where` is named.
+    """
+    found: dict[int | None, dict[str, Prediction]] = {}
+    for p in predictions:
+        rows = found.setdefault(p.seed, {})
+        if p.id in rows:
+            raise DataError(f"id {p.id!r} occurs twice with seed {p.seed}", where=where, fix="keep one of them")
+        rows[p.id] = p
+    if not found:
+        raise DataError("no predictions to score", where=where, fix="check what was generated")
+    (first, order), *_ = found.items()
+    for seed, rows in found.items():
+        if odd := sorted(order.keys() ^ rows.keys()):
+            what = f"seeds {first} and {seed} do not cover the same samples ({len(odd)} differ, e.g. {odd[0]!r})"
+            raise DataError(what, where=where, fix="generate the missing ones, or give every line a seed")
+        for id_, p in rows.items():
+            if (p.reference, p.gold_emotion) != (order[id_].reference, order[id_].gold_emotion):
+                what = f"id {id_!r} has another reference or gold emotion with seed {seed} than with seed {first}"
+                raise DataError(what, where=where, fix="score runs on the same data")
+    return {seed: [rows[id_] for id_ in order] for seed, rows in found.items()}
+
+
+def references_of(predictions: Sequence[Prediction]) -> dict[str, str]:
+    """The reference of each sample, by id."""
+    return {p.id: p.reference for p in predictions}
+
+
+def check_same(first: dict[str, str], second: dict[str, str], name: str, other: str) -> None:
+    """Refuse two sets of references that are not the same, naming how many and the first id that differs.
+
+    Raises:
+        DataError: they differ.
+    """
+    odd = sorted(id_ for id_ in first.keys() | second.keys() if first.get(id_) != second.get(id_))
+    if odd:
+        what = f"{name} and {other} were not run on the same samples ({len(odd)} differ, e.g. {odd[0]!r})"
+        raise DataError(what, fix="score them on one split of one data set")
 
 
 def random_floor(predictions: Sequence[Prediction], responses: Sequence[str], seed: int = 0) -> list[Prediction]:
@@ -288,63 +311,9 @@ def _emotion(value: Any, key: str, where: str) -> Emotion | None:
         raise DataError(f"has the unknown {key} {value!r}", where=where, fix=f"write one of {known}, or null") from None
 
 
-def by_seed_of(predictions: Sequence[Prediction], where: str) -> dict[int | None, list[Prediction]]:
-    """Predictions of each seed, all in the order of the first seed's samples."""
-    found: dict[int | None, dict[str, Prediction]] = {}
-    for p in predictions:
-        rows = found.setdefault(p.seed, {})
-        if p.id in rows:
-            raise DataError(f"id {p.id!r} occurs twice with seed {p.seed}", where=where, fix="keep one of them")
-        rows[p.id] = p
-    if not found:
-        raise DataError("no predictions to score", where=where, fix="check what was generated")
-    (first, order), *_ = found.items()
-    for seed, rows in found.items():
-        if odd := sorted(order.keys() ^ rows.keys()):
-            what = f"seeds {first} and {seed} do not cover the same samples ({len(odd)} differ, e.g. {odd[0]!r})"
-            raise DataError(what, where=where, fix="generate the missing ones, or give every line a seed")
-        for id_, p in rows.items():
-            if (p.reference, p.gold_emotion) != (order[id_].reference, order[id_].gold_emotion):
-                what = f"id {id_!r} has another reference or gold emotion with seed {seed} than with seed {first}"
-                raise DataError(what, where=where, fix="score runs on the same data")
-    return {seed: [rows[id_] for id_ in order] for seed, rows in found.items()}
-
-
-def references_of(predictions: Sequence[Prediction]) -> dict[str, str]:
-    return {p.id: p.reference for p in predictions}
-
-
-def check_same(first: dict[str, str], second: dict[str, str], name: str, other: str) -> None:
-    odd = sorted(id_ for id_ in first.keys() | second.keys() if first.get(id_) != second.get(id_))
-    if odd:
-        what = f"{name} and {other} were not run on the same samples ({len(odd)} differ, e.g. {odd[0]!r})"
-        raise DataError(what, fix="score them on one split of one data set")
-
-
 def _provenance(protocols: Sequence[str]) -> dict[str, Any]:
     strict = {"signatures": signatures()} if "strict" in protocols else {}
     return {"protocols": list(protocols), **strict, "versions": versions()}
-
-
-def _measure(predictions: Sequence[Prediction], protocol: str) -> dict[str, Metric]:
-    if protocol not in PROTOCOLS:
-        raise DataError(f"unknown protocol {protocol!r}", fix=f"choose from {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[protocol]([p.hypothesis for p in predictions], [p.reference for p in predictions])
-
-
-def _pooled(predictions: Sequence[Prediction], protocol: str, order: Sequence[str] | None = None) -> dict[str, Metric]:
-    """Metrics whose statistics sum the seeds of each sample; samples in the given or the first seed's order."""
-    by_seed = by_seed_of(predictions, "predictions")
-    ids = order or [p.id for p in next(iter(by_seed.values()))]
-    rows = [{p.id: p for p in one} for one in by_seed.values()]
-    return _sum([_measure([one[id_] for id_ in ids], protocol) for one in rows])
-
-
-def _sum(per_seed: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
-    return {
-        name: replace(metric, statistics=np.sum([one[name].statistics for one in per_seed], axis=0))
-        for name, metric in per_seed[0].items()
-    }
 
 
 def _score(predictions: Sequence[Prediction], protocols: Sequence[str]) -> dict[str, Any]:
@@ -353,10 +322,10 @@ def _score(predictions: Sequence[Prediction], protocols: Sequence[str]) -> dict[
     groups: dict[str, list[dict[str, Any]]] = {}  # group -> scores of each seed
     intervals: dict[str, dict[str, list[float]]] = {}
     for protocol in protocols:
-        metrics = [_measure(run, protocol) for run in runs]
+        metrics = [measure(run, protocol) for run in runs]
         groups[protocol] = [{name: metric.score for name, metric in one.items()} for one in metrics]
         intervals[protocol] = {
-            name: list(bootstrap_interval(metric.statistics, metric.reduce)) for name, metric in _sum(metrics).items()
+            name: list(bootstrap_interval(metric.statistics, metric.reduce)) for name, metric in pool(metrics).items()
         }
     groups["surface"] = [surface([p.hypothesis for p in run], [p.demonstration for p in run]) for run in runs]
     if emotions := _emotions(runs):

@@ -16,7 +16,7 @@ CHUNK = 256  # resamples or permutations at a time: bounds memory to CHUNK × n
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class PairedTest:
     """A paired comparison: `difference` = a − b, its interval where it has one, and the two-sided p-value."""
 
     difference: float
@@ -51,7 +51,7 @@ def bootstrap_interval(
 
 def paired_bootstrap(
     a: np.ndarray, b: np.ndarray, reduce: Reduce, *, seed: int = 0, resamples: int = 1000, level: float = 0.95
-) -> Comparison:
+) -> PairedTest:
     """Whether system a differs from b in a corpus score (Koehn 2004; both resampled with the same pairs).
 
     The p-value is two-sided, as sacrebleu computes it: how often the resampled difference lies as far from its mean
@@ -68,10 +68,10 @@ def paired_bootstrap(
     weights = _resampled(len(a), seed, resamples)
     differences = np.concatenate([reduce(chunk @ a) - reduce(chunk @ b) for chunk in weights])
     extreme = np.abs(differences - differences.mean()) >= abs(observed) - 1e-12
-    return Comparison(observed, float((extreme.sum() + 1) / (resamples + 1)), *_percentiles(differences, level))
+    return PairedTest(observed, float((extreme.sum() + 1) / (resamples + 1)), *_percentiles(differences, level))
 
 
-def paired_permutation(a: np.ndarray, b: np.ndarray, *, seed: int = 0, permutations: int = 10_000) -> Comparison:
+def paired_permutation(a: np.ndarray, b: np.ndarray, *, seed: int = 0, permutations: int = 10_000) -> PairedTest:
     """Whether two means over the same pairs differ: each pair's scores change places or not.
 
     All 2^n ways are counted where there are no more than `permutations` of them (an exact p-value); else that many
@@ -95,7 +95,7 @@ def paired_permutation(a: np.ndarray, b: np.ndarray, *, seed: int = 0, permutati
         size = min(CHUNK, total - at)
         flips = (np.arange(at, at + size)[:, None] >> np.arange(n)) & 1 if exact else rng.integers(0, 2, (size, n))
         extreme += int((np.abs((1 - 2 * flips) @ difference / n) >= limit).sum())
-    return Comparison(observed, extreme / total if exact else (extreme + 1) / (total + 1))
+    return PairedTest(observed, extreme / total if exact else (extreme + 1) / (total + 1))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -106,6 +106,20 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         highest = max(highest, min(1.0, (len(p_values) - i) * p_values[name]))
         adjusted[name] = highest
     return {name: adjusted[name] for name in p_values}
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Whether two means over training seeds differ: the two-sided p-value of Welch's t test.
+
+    None where it cannot be asked: a side with fewer than two seeds, or no spread on either. With three seeds a side it
+    has little power: the means must lie more than about 2.3 standard deviations apart for p < 0.05. It is unpaired:
+    the same seed does not mean the same luck in another system.
+    """
+    if min(len(a), len(b)) < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
+        return None
+    from scipy.stats import ttest_ind
+
+    return float(ttest_ind(a, b, equal_var=False).pvalue)
 
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:

@@ -1,10 +1,14 @@
-"""Result tables as Markdown, CSV and LaTeX, always made from score objects, never typed."""
+"""Result tables as Markdown, CSV and LaTeX, always made from score objects, never typed.
+
+Layout and escapes of every table are here: `markdown_table` and `latex_table` take plain text, whoever wrote it.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,54 @@ GROUPS: dict[str, str] = {
     "emotion": "Emotion of the response (fractions)",
 }
 Scores = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bold:
+    """Text of a cell that stands out."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+CellText = str | Bold
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[CellText]]) -> str:
+    """A Markdown table of escaped text, the first column left, the others right."""
+    lines: list[Sequence[CellText]] = [columns, *rows]
+    told = ["| " + " | ".join(_markdown_cell(cell) for cell in line) + " |" for line in lines]
+    return "\n".join([told[0], "| --- |" + " ---: |" * (len(columns) - 1), *told[1:]])
+
+
+def latex_table(columns: Sequence[str], rows: Sequence[Sequence[CellText]], caption: str) -> str:
+    """A booktabs table of escaped text, the first column left, the others right; needs `\\usepackage{booktabs}`."""
+    return "\n".join(
+        [
+            r"\begin{table}[t]",
+            r"\centering",
+            rf"\caption{{{latex_escape(caption)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
+            r"\toprule",
+            " & ".join(latex_escape(column) for column in columns) + r" \\",
+            r"\midrule",
+            *(" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+#: First line of every LaTeX file.
+LATEX_NEEDS = "% needs \\usepackage{booktabs}, and ctex where names are Chinese\n"
+
+
+def digits(group: str, metric: str) -> int:
+    """Decimals that a score is shown with."""
+    return 2 if group in PROTOCOLS or metric == "length_char" else 4
 
 
 def with_floors(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -47,9 +99,8 @@ def markdown(scores: Scores, *, title: str, notes: Sequence[str] = (), failed: M
         columns, rows = group_table(scores, group)
         if not rows:
             continue
-        lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
         parts.append(f"## {heading}")
-        parts.append("\n".join("| " + " | ".join(_markdown_escape(cell) for cell in line) + " |" for line in lines))
+        parts.append(markdown_table(columns, rows))
         parts.append("\n".join(f"- `{name}`: {MEANING[name]}" for name in columns if name in MEANING))
     if any("sd" in one for one in scores.values()):
         notes = [*notes, "Scores with ± are means over decode seeds with their standard deviation."]
@@ -59,7 +110,7 @@ def markdown(scores: Scores, *, title: str, notes: Sequence[str] = (), failed: M
         parts.append("\n".join(f"- {note}" for note in notes))
     if failed:
         parts.append("## Could not be scored")
-        parts.append("\n".join(f"- {_markdown_escape(name)}: {_markdown_escape(why)}" for name, why in failed.items()))
+        parts.append("\n".join(f"- {markdown_escape(name)}: {markdown_escape(why)}" for name, why in failed.items()))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -86,31 +137,13 @@ def csv_text(scores: Scores) -> str:
 
 
 def latex(scores: Scores, *, title: str) -> str:
-    """One booktabs table per group; needs `\\usepackage{booktabs}` (and ctex for Chinese names)."""
+    """One booktabs table per group."""
     tables = []
     for group, heading in GROUPS.items():
         columns, rows = group_table(scores, group)
-        if not rows:
-            continue
-        body = [" & ".join(_latex_escape(cell) for cell in row) + r" \\" for row in rows]
-        tables.append(
-            "\n".join(
-                [
-                    r"\begin{table}[t]",
-                    r"\centering",
-                    rf"\caption{{{_latex_escape(f'{title}. {heading}'.replace('`', ''))}}}",
-                    rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
-                    r"\toprule",
-                    " & ".join(_latex_escape(column) for column in columns) + r" \\",
-                    r"\midrule",
-                    *body,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                    r"\end{table}",
-                ]
-            )
-        )
-    return "% needs \\usepackage{booktabs}\n" + "\n\n".join(tables) + "\n"
+        if rows:
+            tables.append(latex_table(columns, rows, f"{title}. {heading}".replace("`", "")))
+    return LATEX_NEEDS + "\n\n".join(tables) + "\n"
 
 
 def write_tables(
@@ -153,21 +186,33 @@ def _cell(one: Mapping[str, Any], group: str, name: str) -> str:
         return "–"
     if isinstance(value, int):
         return str(value)
-    digits = 2 if group in PROTOCOLS or name == "length_char" else 4
+    places = digits(group, name)
     sd = one.get("sd", {}).get(group, {}).get(name)
-    return f"{value:.{digits}f}" if sd is None else f"{value:.{digits}f} ± {sd:.{digits}f}"
+    return f"{value:.{places}f}" if sd is None else f"{value:.{places}f} ± {sd:.{places}f}"
 
 
-def _markdown_escape(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|")
+def markdown_escape(text: str) -> str:
+    """`text` in one line, so that Markdown shows it as it is."""
+    return "".join(f"\\{character}" if character in "\\|*<`" else character for character in " ".join(text.split()))
 
 
+def _markdown_cell(cell: CellText) -> str:
+    return f"**{markdown_escape(cell.text)}**" if isinstance(cell, Bold) else markdown_escape(cell)
+
+
+#: Brackets and stars too: after the end of a row, LaTeX takes them for an option of it.
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "±": r"$\pm$", "×": r"$\times$", "–": "--",
+    "|": r"\textbar{}", "±": r"$\pm$", "×": r"$\times$", "–": "--", "−": r"$-$", "[": "{[}", "]": "{]}", "*": "{*}",
+    "°": r"$^{\circ}$", "†": r"$^{\dagger}$",
 }  # fmt: skip
 
 
-def _latex_escape(text: str) -> str:
+def latex_escape(text: str) -> str:
+    """`text` in one line, so that LaTeX prints it as it is."""
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+
+
+def _latex_cell(cell: CellText) -> str:
+    return rf"\textbf{{{latex_escape(cell.text)}}}" if isinstance(cell, Bold) else latex_escape(cell)

@@ -201,7 +201,7 @@ def train_llm(
         chosen = next(batches)
         tokens += sum(len(line.ids) for line in chosen)
         prompt, word, rest = line_losses(model, chosen)
-        # The first word of a target is the emotion: one token in many, and the one that everything turns on.
+        # The first word of most targets is the emotion: one token in many, and the one that everything turns on.
         return 0.2 * prompt.mean() + word.mean() + rest.mean()
 
     model.train()
