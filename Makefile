@@ -18,9 +18,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## the whole method on the tiny world: train every stage, generate, score (about 5 minutes on 2 cores)
+demo: $(READY)  ## the whole method on the tiny world: train, generate, score, report (about 5 minutes on 2 cores)
 	$(BIN)/python -m elmd.train experiment=demo
 	$(BIN)/python -m elmd.evaluate experiment=demo
+	$(BIN)/python -m elmd.report runs/experiments/demo
 
 claims: $(READY)  ## the claims of docs/results.md: 3 seeds, the full model and five ablations (about an hour, resumable)
 	$(BIN)/python -m elmd.train -m experiment=demo_claims

@@ -45,3 +45,14 @@ on_every_node() {
 
 on_every_node elmd.train "${settings[@]}" stage=all
 on_every_node elmd.evaluate "${settings[@]}"
+
+# A sweep in place of the last two lines, in one of two ways (neither run on a cluster yet). elmd.sweep launches each of
+# its jobs itself, so it is one task on one node; told to stop, it lets every job save and says how to go on.
+#
+# Under one allocation, its GPUs as slots (--nodes=1, --gpus-per-node=8: eight jobs at a time, or with launcher.gpus=4 two
+# of four GPUs):
+#   srun --ntasks=1 python -m elmd.sweep experiment=table3_m3ed seed=0,1,2 "${settings[@]:1}"
+#
+# As an array, one allocation a seed (--nodes=1, --array=0-2); all keep one sweep.json, and who comes second to a shared
+# stage waits for the first, so start the array when one task has made the features:
+#   srun --ntasks=1 python -m elmd.sweep experiment=table3_m3ed seed="$SLURM_ARRAY_TASK_ID" "${settings[@]:1}"

@@ -46,7 +46,7 @@ def command(name: str, action: Action, *, checked: bool = True) -> Callable[[], 
     Args:
         checked: whether the rules between fields are checked beforehand.
     """
-    _register()
+    register()
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)
     def main(raw: DictConfig) -> None:
@@ -64,7 +64,7 @@ def command(name: str, action: Action, *, checked: bool = True) -> Callable[[], 
 
 def compose(overrides: Sequence[str] = (), name: str = "train") -> Config:
     """The checked configuration of a command line, for tests and scripts."""
-    _register()
+    register()
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         return typed(hydra.compose(name, overrides=list(overrides)))
 
@@ -127,7 +127,7 @@ def guard(act: Callable[[], Any]) -> None:
         if os.environ.get("ELMD_DEBUG") == "1":
             raise
         if isinstance(error, HydraException | OmegaConfBaseException):
-            error = _composition_error(error)
+            error = composition_error(error)
         if isinstance(error, RuntimeError) and "torch" in sys.modules:
             from elmd.training.loop import peer_died
 
@@ -145,7 +145,7 @@ def guard(act: Callable[[], Any]) -> None:
         sys.exit(1)
 
 
-def _composition_error(error: Exception) -> ConfigError:
+def composition_error(error: Exception) -> ConfigError:
     """What Hydra says of a command line, as one sentence."""
     text = str(error)
     if found := re.match(r"Could not override '([^']+)'", text):
@@ -189,8 +189,9 @@ def experiment_folder(cfg: Config) -> Path:
 
 def job_name(job: str) -> str:
     """The folder of a job: file systems take names of 255 bytes, and what does not fit is told apart by its digest."""
-    return job if len(job.encode()) <= LONGEST else f"{job[:LONGEST]}…{digest(job)}"
+    return job if len(job.encode()) <= LONGEST else f"{job.encode()[:LONGEST].decode(errors='ignore')}…{digest(job)}"
 
 
-def _register() -> None:
+def register() -> None:
+    """Make the schema known to Hydra."""
     ConfigStore.instance().store(name="schema", node=Config)

@@ -270,12 +270,13 @@ class BaselineConfig:
 
     name: BaselineName = BaselineName.none
     vocab: str | None = None  # a BERT vocab.txt; None: the characters of the training text
+    resnet: str = "microsoft/resnet-18"  # Livebot with vision.kind=resnet: a folder or hub id, in safetensors format
     layers: int = 12
     width: int = 768
     heads: int = 12
     ff: int = 3072
     dropout: float = 0.1
-    max_tokens: int = 300  # of a sequence; the oldest history goes first
+    max_tokens: int = 300  # of a context, whose oldest history goes first, and of a reply
     epochs: int = 40
     batch_size: int = 16
     lr: float = 2.6e-5
