@@ -11,17 +11,18 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from elmd.cli import guard
 from elmd.errors import ArtifactError
-from elmd.evaluation.score import Prediction, compare, read_predictions
+from elmd.evaluation.comparison import compare_systems
+from elmd.evaluation.comparison_tables import LEGEND, cell_text, p_text
+from elmd.evaluation.runs import FULL, read_experiment
 from elmd.evaluation.significance import over_seeds
 from elmd.training.artifacts import read_manifest, write_text
 
-ABLATIONS = ("no_erm", "no_ert", "no_ssc", "no_v", "no_rep")
 #: What Table 3 reports, and the emotion of the reply beside it.
 METRICS = (("paper", "bleu4_char"), ("paper", "meteor_char"), ("paper", "rougeL_char"), ("emotion", "accuracy"))
 
@@ -50,7 +51,7 @@ def main() -> None:
     if not jobs:
         raise ArtifactError("holds no runs", where=folder, fix="run make claims")
     seeds = sorted({seed for _, _, seed in jobs})
-    text = "\n\n".join([erm(jobs, seeds), rep(jobs, seeds), ablations(jobs, seeds)]) + "\n"
+    text = "\n\n".join([erm(jobs, seeds), rep(jobs, seeds), ablations(folder)]) + "\n"
     write_text(folder / "claims.md", text)
     print(text)
     print(f"written: {folder / 'claims.md'}", file=sys.stderr)
@@ -138,40 +139,22 @@ def rep(jobs: dict, seeds: Sequence[int]) -> str:
     )
 
 
-def ablations(jobs: dict, seeds: Sequence[int]) -> str:
+def ablations(folder: Path) -> str:
     """The full model against its ablations: means over training seeds, and paired tests with Holm's correction."""
-    pooled: dict[str, list[Prediction]] = {}
-    scores: dict[str, dict[str, list[float]]] = {}
-    for ablation in ("none", *ABLATIONS):
-        for seed in seeds:
-            one = job(jobs, ablation, seed, "generate")
-            found = json.loads((one.folder / "scores.json").read_text(encoding="utf-8"))["systems"]
-            (system,) = found.values()
-            for group, metric in METRICS:
-                scores.setdefault(ablation, {}).setdefault(metric, []).append(system[group][metric])
-            # Every training seed × decode seed is one seed of the pooled system.
-            pooled.setdefault(ablation, []).extend(
-                replace(p, seed=1000 * seed + (p.seed or 0))
-                for p in read_predictions(one.artifacts["generate"] / "predictions.jsonl")
-            )
-    tests = compare(pooled["none"], {name: pooled[name] for name in ABLATIONS}, protocol="paper")
+    comparison = compare_systems(read_experiment(folder), FULL, ["paper"])
     rows = []
-    for ablation, by_metric in scores.items():
+    for row in comparison.rows:
         cells = []
         for group, metric in METRICS:
-            scale = 1 if group == "paper" else 100
-            spread = over_seeds([scale * value for value in by_metric[metric]])
-            cell = f"{spread.mean:.2f} ± {spread.sd:.2f}" if spread.sd is not None else f"{spread.mean:.2f}"
-            if ablation != "none" and group == "paper":
-                test = tests[ablation][metric]
-                cell += f" (p {test['p_holm']:.2g})"
-            cells.append(cell)
-        rows.append(["full model" if ablation == "none" else ablation.replace("no_", "w/o ").upper(), *cells])
-    return lines(
-        f"Full model and ablations: mean ± sd of {len(seeds)} training seeds; p against the full model after Holm",
-        ["", *(metric.replace("_", "\\_") for _, metric in METRICS[:-1]), "emotion accuracy, %"],
-        [[row[0].replace("W/O", "w/o"), *row[1:]] for row in rows],
-    )
+            cell = row.cells.get(group, {}).get(metric)
+            cells.append("–" if cell is None else cell_text(cell, group, metric))
+            if cell is not None and cell.p_holm is not None:
+                cells[-1] += f" (p {p_text(cell.p_holm)}; seeds {p_text(cell.p_seeds)})"
+        rows.append([row.name, *cells])
+    columns = ["", *(metric.replace("_", "\\_") for _, metric in METRICS)]
+    title = "Full model, ablations and floors: mean ± sd over training seeds; p against the full model, after Holm"
+    notes = "\n".join(f"- {text}" for text in (*comparison.warnings, *LEGEND))
+    return f"{lines(title, columns, rows)}\n\n{notes}"
 
 
 if __name__ == "__main__":

@@ -2,23 +2,31 @@
 
     python scripts/evaluate_runs.py runs/experiments/demo runs/experiments/table3_m3ed --out results/
     python scripts/evaluate_runs.py mine.jsonl theirs.jsonl --out results/ --protocol paper
+    python scripts/evaluate_runs.py runs/experiments/table2_m3ed "their system=theirs.jsonl" --out results/
 
-A PATH is a predictions file, or a folder in which every `predictions.jsonl` is scored. A file that cannot be scored is
-named with its line in the log and in the Markdown table, and does not stop the others.
+A PATH is a predictions file, or a folder in which every `predictions.jsonl` is scored. An experiment's folder also
+gets a table of its systems side by side (comparison.md, .csv, .tex, .json): baselines, ablations and floors, means over
+training seeds, intervals, tests against the full model, the paper's numbers. NAME=FILE joins somebody else's
+predictions to it under that name. A file that cannot be scored is named with its line in the log and in the Markdown
+table, and does not stop the others.
 Exit code: 0 all scored, 1 something could not be scored, 2 wrong arguments.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from elmd import log
-from elmd.errors import DataError
+from elmd.errors import DataError, ElmdError
+from elmd.evaluation.comparison import compare_systems, reference_of
+from elmd.evaluation.comparison_tables import score_table, write_comparison
+from elmd.evaluation.runs import ARTIFACTS, read_experiment
 from elmd.evaluation.score import read_predictions, score
 from elmd.evaluation.tables import GROUPS, group_table, write_tables
 from elmd.metrics.text import PROTOCOLS
@@ -61,6 +69,50 @@ def collect(paths: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
     return files, failed
 
 
+def given(text: str) -> Path | tuple[str, Path]:
+    """A path, or a NAME=FILE. What exists is a path: sweeps name folders `ablation=none,seed=0`."""
+    name, equals, path = text.partition("=")
+    return Path(text) if not equals or not name or "/" in name or Path(text).exists() else (name, Path(path))
+
+
+def experiments(path: Path) -> list[Path]:
+    """The experiments' folders at or below `path` that have predictions; `path` itself where it is a job of one."""
+    found: dict[Path, None] = {}
+    for file in sorted(path.absolute().rglob(ARTIFACTS)):
+        if not (file.parent / NAME).is_file():
+            continue
+        try:
+            name = json.loads(file.read_text(encoding="utf-8"))["config"]["experiment_name"]
+        except (ValueError, KeyError, TypeError):
+            name = None  # reading the experiment says what is wrong with it
+        folder = next((one for one in (file.parent, file.parent.parent) if one.name == name), path.absolute())
+        found[folder if folder.is_relative_to(path.absolute()) else path.absolute()] = None
+    return list(found)
+
+
+def compare(folders: Sequence[Path], others: Mapping[str, Path], protocols: Sequence[str], out: Path) -> dict[str, str]:
+    """Write each experiment's comparison into `out`; returns what could not be compared, with the reason."""
+    failed: dict[str, str] = {}
+    for folder in folders:
+        stem = "comparison" if len(folders) == 1 else f"comparison_{folder.name}"
+        try:
+            experiment = read_experiment(folder, others)
+            log.logger.info("comparing %s", ", ".join(experiment.systems))
+            comparison = compare_systems(experiment, reference_of(experiment), protocols)
+        except ElmdError as error:
+            failed[f"comparison of {folder.name}"] = str(error)
+            continue
+        written = write_comparison(out, comparison, title=f"Systems of {experiment.name}", stem=stem)
+        columns, rows = score_table(comparison, protocols[0], intervals=None)
+        log.table(f"{experiment.name}, {protocols[0]}", columns, [[str(cell) for cell in row] for row in rows])
+        for one in comparison.missing:
+            log.logger.warning("missing: %s, seed %s: %s", one["system"], one["seed"], one["why"])
+        for warning in comparison.warnings:
+            log.logger.warning("%s", warning)
+        log.logger.info("wrote %s", ", ".join(map(str, written)))
+    return failed
+
+
 def _name(file: Path, given: Path) -> str:
     """A file's own name, or for predictions.jsonl that of its folder, below the folder that was given."""
     if file.name != NAME:
@@ -75,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=first, epilog="\n\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder of runs, or predictions file")
+    parser.add_argument(
+        "paths", nargs="+", type=given, metavar="PATH", help="folder of runs, predictions file, NAME=FILE"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for scores.md, .csv and .tex")
     parser.add_argument("--protocol", choices=[*PROTOCOLS, "all"], default="all", help="default: all")
     args = parser.parse_args(arguments)
@@ -84,13 +138,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.setup()
 
     protocols = list(PROTOCOLS) if args.protocol == "all" else [args.protocol]
-    files, failed = collect(args.paths)
+    paths = [one for one in args.paths if isinstance(one, Path)]
+    others = dict(one for one in args.paths if not isinstance(one, Path))
+    files, failed = collect(paths)
+    if taken := others.keys() & files.keys():
+        parser.error(f"{sorted(taken)[0]} is the name of a run; give the file another")
+    files |= others
     scores: dict[str, dict[str, Any]] = {}
     for name, file in log.progress(files.items(), "scoring", total=len(files), unit="file"):
         try:
             scores[name] = score(read_predictions(file), protocols)
         except DataError as error:
             failed[name] = str(error)
+    folders = [folder for path in paths if path.is_dir() for folder in experiments(path)]
+    failed |= compare(list(dict.fromkeys(folders)), others, protocols, args.out)
     written = write_tables(args.out, scores, title="Evaluated runs", failed=failed)
     for group in GROUPS:
         columns, rows = group_table(scores, group)

@@ -52,13 +52,14 @@ def test_every_experiment_composes(name: str) -> None:
         assert word in head.partition("defaults:")[0], f"opens with {word}"
 
 
-@pytest.mark.parametrize("group", ["data", "llm", "vision", "retriever", "prompt"])
+@pytest.mark.parametrize("group", ["data", "llm", "vision", "retriever", "prompt", "baseline"])
 def test_every_choice_of_every_group_composes(group: str) -> None:
     choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
     assert len(choices) >= 2
     for choice in choices:
-        cfg = compose([f"{group}={choice}", *GIVEN])
-        if group != "prompt":
+        extra = ["baseline=livebot_tiny"] if choice == "resnet" else []
+        cfg = compose([f"{group}={choice}", *extra, *GIVEN])
+        if group not in ("prompt", "baseline"):
             assert getattr(cfg, group).name == choice
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from elmd.evaluation.score import Prediction, read_predictions, score, write_predictions
+from experiments import config, job, predictions
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate_runs.py"
 REFERENCES = ["今天真的好高兴啊", "你怎么了？", "我也不知道。"]
@@ -93,6 +94,62 @@ def test_folders_are_searched(
     assert f"{tmp_path / 'empty'}couldnotbescored:holdsnopredictions.jsonl" in said
 
 
+def test_an_experiment_is_compared_with_floors_and_third_parties(
+    main: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, theirs = tmp_path / "experiments" / "demo", tmp_path / "theirs.jsonl"
+    for seed in (0, 1):
+        job(folder / f"ablation=none,seed={seed}", config(seed=seed), predictions(["好"] * 3, REFERENCES))
+    job(folder / "baseline=livebot,seed=0", config(baseline__name="livebot"), predictions(["嗯"] * 3, REFERENCES))
+    write_predictions(theirs, [Prediction(f"d{i}#1", "好啊", r) for i, r in enumerate(REFERENCES)])
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "experiments"), f"their = system={theirs}", "--out", str(out), "--protocol", "paper"]
+    assert main(arguments) == 1
+    assert "cannot be read" in capsys.readouterr().err  # the first equals sign ends the name
+
+    arguments[1] = f"theirs={theirs}"
+    assert main(arguments) == 0
+    rows = list(csv.DictReader((out / "comparison.csv").open(encoding="utf-8")))
+    assert list(dict.fromkeys(row["system"] for row in rows)) == [
+        "Livebot", "ELMD", "theirs", "floor: random response", "floor: most common reply", "floor: retrieval only",
+    ]  # fmt: skip
+    assert {row["reference"] for row in rows} == {"ELMD"}
+    md = (out / "comparison.md").read_text(encoding="utf-8")
+    assert "# Systems of demo" in md
+    assert "- Livebot, seed 1: there is no run of this seed" in md
+    runs = list(csv.DictReader((out / "scores.csv").open(encoding="utf-8")))
+    assert [row["system"] for row in runs] == [
+        "experiments/demo/ablation=none,seed=0", "experiments/demo/ablation=none,seed=1",
+        "experiments/demo/baseline=livebot,seed=0", "theirs",
+    ]  # fmt: skip
+    said = "".join(capsys.readouterr().err.split())
+    assert "missing:Livebot,seed1:" in said
+
+    one = folder / "ablation=none,seed=0"  # a path with an equals sign
+    assert main([str(one), "--out", str(tmp_path / "one"), "--protocol", "paper"]) == 0
+    assert "| ELMD | 1 × 1 |" in (tmp_path / "one" / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_a_comparison_that_cannot_be_made_does_not_stop_the_others(
+    main: Callable[[list[str]], int], tmp_path: Path
+) -> None:
+    good, bad = (tmp_path / "experiments" / name for name in ("good", "bad"))
+    job(good, config("good"), predictions(["好"] * 3, REFERENCES))
+    job(bad / "a", config("bad"), predictions(["好"] * 3, REFERENCES))
+    job(bad / "b", config("bad"), predictions(["嗯"] * 3, REFERENCES))
+    out = tmp_path / "out"
+    cut = job(tmp_path / "experiments" / "cut", config("cut"), predictions(["好"] * 3, REFERENCES)) / "artifacts.json"
+    assert main([str(tmp_path / "experiments"), "--out", str(out), "--protocol", "paper"]) == 1
+    assert sorted(path.name for path in out.glob("*.md")) == ["comparison_cut.md", "comparison_good.md", "scores.md"]
+    md = (out / "scores.md").read_text(encoding="utf-8")
+    assert "- comparison of bad: ELMD with seed 0 is there twice" in md
+    assert len(list(csv.DictReader((out / "scores.csv").open(encoding="utf-8")))) == 4
+
+    cut.write_text("{", encoding="utf-8")
+    assert main([str(cut.parent), "--out", str(tmp_path / "cut"), "--protocol", "paper"]) == 1
+    assert "artifacts.json: is not what elmd.train writes" in (tmp_path / "cut" / "scores.md").read_text("utf-8")
+
+
 def test_files_of_one_name_stay_apart(main: Callable[[list[str]], int], tmp_path: Path) -> None:
     paths = [tmp_path / side / "demo" / "predictions.jsonl" for side in "ab"]
     for path in paths:
@@ -116,6 +173,10 @@ def test_wrong_arguments(main: Callable[[list[str]], int], capsys: pytest.Captur
         main(["x.jsonl", "--out", str(SCRIPT)])
     assert caught.value.code == 2
     assert "is a file; name a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["mine.jsonl", "mine=theirs.jsonl", "--out", "o"])
+    assert caught.value.code == 2
+    assert "mine is the name of a run; give the file another" in capsys.readouterr().err
 
 
 def test_nothing_could_be_scored(main: Callable[[list[str]], int], tmp_path: Path) -> None:

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 import clips
-from elmd.config import Config, Decoder, VisionConfig, VisionKind
+from elmd.config import BaselineConfig, BaselineName, Config, Decoder, Sampling, VisionConfig, VisionKind
 from elmd.data.features import FeatureStore, index_of, read_shards, write_shard
 from elmd.data.samples import save_samples
 from elmd.data.video import read_clip
 from elmd.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from elmd.labels import Emotion
-from elmd.models.vision import VisionEncoder, pool
+from elmd.models.vision import FrameEncoder, VisionEncoder, pool
 from elmd.stages import features as stage
 from elmd.stages.base import Job
 from elmd.types import Clip, Sample, Utterance
@@ -245,6 +246,105 @@ def test_the_shared_clips_become_features(tmp_path: Path, encoder: VisionEncoder
     stage.run(config(tmp_path, decoder=Decoder.decord), job(tmp_path, samples))
     store = FeatureStore(tmp_path / "features")
     assert store.get("d#0").shape == store.get("d#1").shape == (FRAMES + TOKENS, WIDTH)
+
+
+# ------------------------------------------------------------------------------------------- one random frame
+def drawn(tmp_path: Path, **changes: object) -> Config:
+    return config(tmp_path, frames=1, sampling=Sampling.random, **changes)
+
+
+def test_one_frame_is_drawn_by_the_sample_and_not_pooled(
+    tmp_path: Path, encoder: VisionEncoder, calls: list[int]
+) -> None:
+    clip = Clip(str(clips.write_video(tmp_path / "a.mp4", 20)))
+    samples = [sample(i, clip) for i in range(12)]
+    outcome = stage.run(drawn(tmp_path), job(tmp_path, samples))
+    assert sum(calls) == len(samples), "one frame each, though the clip is the same"
+    assert outcome.counts["clips"] == len(samples)
+
+    store = FeatureStore(tmp_path / "features")
+    assert (store.tokens, store.width) == (TOKENS, WIDTH)
+    frames = torch.from_numpy(read_clip(clip, stage.CANDIDATES, 32, "pyav"))
+    with torch.no_grad():
+        candidates = encoder(encoder.pixels(frames))  # X [16, o, q]
+    seen = set()
+    for one in samples:
+        found = store.get(one.id)
+        gaps = (candidates - found).abs().amax((1, 2))
+        assert gaps.min() < 5e-3  # half precision
+        seen.add(int(gaps.argmin()))
+    assert len(seen) > 4, "samples draw differently"
+
+    (tmp_path / "again").mkdir()
+    work = job(tmp_path, samples[::-1])
+    stage.run(drawn(tmp_path), Job(tmp_path / "again", work.upstream, work.accelerator))
+    again = FeatureStore(tmp_path / "again")
+    assert all(torch.equal(store.get(one.id), again.get(one.id)) for one in samples), "by the id and nothing else"
+
+
+def test_features_depend_on_how_frames_are_chosen(tmp_path: Path) -> None:
+    uniform, random = (stage.depends(cfg) for cfg in (config(tmp_path, frames=1), drawn(tmp_path)))
+    assert uniform.config["sampling"] == "uniform"
+    assert {k for k in uniform.config if uniform.config[k] != random.config[k]} == {"sampling"}
+
+
+# ---------------------------------------------------------------------------------------------------- ResNet
+@pytest.fixture
+def resnet(tmp_path: Path) -> Path:
+    """A random ResNet with a classifier, as published ones have."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    shape = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic", num_labels=3)
+    model = ResNetForImageClassification(shape).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "resnet")
+    (tmp_path / "resnet/preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3], "do_resize": true}')
+    return tmp_path / "resnet"
+
+
+def livebot(tmp_path: Path, resnet: Path) -> Config:
+    cfg = config(tmp_path, kind=VisionKind.resnet, path="not read", frames=3)
+    cfg.baseline = BaselineConfig(name=BaselineName.livebot, resnet=str(resnet))
+    return cfg
+
+
+def test_a_resnet_gives_a_vector_for_each_frame(tmp_path: Path, resnet: Path) -> None:
+    from transformers import ResNetForImageClassification
+
+    samples = [sample(i, Clip(str(clips.write_video(tmp_path / f"{i}.mp4", base=40 * i)))) for i in range(2)]
+    stage.run(livebot(tmp_path, resnet), job(tmp_path, samples))
+    store = FeatureStore(tmp_path / "features")
+    assert (store.tokens, store.width) == (3, 6)
+    public = ResNetForImageClassification.from_pretrained(resnet).eval()
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.229, 0.224, 0.225])
+    for one in samples:
+        frames = torch.from_numpy(read_clip(one.utterance.clip, 3, 224, "pyav"))
+        pixels = ((frames.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            expected = public.resnet(pixels).last_hidden_state.mean((2, 3))
+        torch.testing.assert_close(store.get(one.id), expected, atol=2e-3, rtol=1e-3)
+    assert not torch.allclose(store.get("d#0"), store.get("d#1"))
+    assert stage.depends(livebot(tmp_path, resnet)).files == {"vision": resnet}
+
+
+def test_folders_that_hold_no_resnet(tmp_path: Path, resnet: Path, encoder: VisionEncoder) -> None:
+    with pytest.raises(CheckpointError, match=r"vision/config\.json: is no ResNet but .*such as microsoft/resnet-18"):
+        FrameEncoder.load(tmp_path / "vision")
+    with pytest.raises(CheckpointError, match=r"none/config\.json: the vision checkpoint lacks this file; .*resnet"):
+        FrameEncoder.load(tmp_path / "none")
+    weights = load_file(resnet / "model.safetensors")
+    first = next(name for name in sorted(weights) if "running_mean" in name)
+    save_file({k: v for k, v in weights.items() if k != first}, resnet / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read as a ResNet \(it lacks 1 weights, the first is .*running_mean"
+    ):
+        FrameEncoder.load(resnet)
+    (resnet / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"resnet: cannot be read as a ResNet \("):
+        FrameEncoder.load(resnet)
 
 
 # --------------------------------------------------------------------------------------------------- precomputed

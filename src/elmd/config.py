@@ -469,7 +469,7 @@ def check(cfg: Config) -> None:
         )
     for name, group, used in (
         ("llm", cfg.llm, not cfg.baseline.name.own_model),
-        ("vision", cfg.vision, cfg.sees_video and cfg.vision.kind is not VisionKind.precomputed),
+        ("vision", cfg.vision, cfg.vision.kind is VisionKind.encoder),
         ("retriever", cfg.retriever, cfg.retrieves and not cfg.baseline.name.own_model),
     ):
         if used and group.path is None:

@@ -50,7 +50,7 @@ from elmd.retrieval.index import Index, demonstrations
 from elmd.retrieval.retriever import encode
 from elmd.stages.base import Job
 from elmd.stages.eerg import task_of
-from elmd.stages.features import _Encoded, _Precomputed, _Shards
+from elmd.stages.features import Encoded, Precomputed, Shards
 from elmd.stages.parts import check_ids, place
 from elmd.training.artifacts import digest
 from elmd.types import Clip, Demonstration, Sample, Sentence
@@ -134,6 +134,7 @@ class Pack:
                 where=folder / FACTS,
                 fix="export the model again",
             )
+        self._eyes: Encoded | None = None  # loaded at the first clip
         self.index: Index | None = None
         if cfg.retrieves and facts["index"]:
             self.retriever = load_retriever(folder / RETRIEVER, device=accelerator.device)
@@ -231,9 +232,9 @@ class Pack:
         """V_c of each sample, as stage `features` makes it, and the error of each clip that was lost."""
         if not self.cfg.sees_video or not any(s.utterance.clip or s.utterance.features for s in samples):
             return no_features, {}
-        work: _Encoded | _Precomputed
+        work: Encoded | Precomputed
         if self.cfg.vision.kind is VisionKind.precomputed:
-            work = _Precomputed(self.cfg, samples)
+            work = Precomputed(self.cfg, samples)
         elif self.cfg.vision.path is None:
             raise CheckpointError(
                 "a clip needs the vision encoder, which is no part of a pack",
@@ -241,7 +242,10 @@ class Pack:
                 fix=f"give vision the folder or hub id of {self.facts['vision']['model']}",
             )
         else:
-            work = _Encoded(self.cfg, Job(self.folder, {}, self.accelerator), samples)
+            if self._eyes is None:
+                self._eyes = Encoded(self.cfg, Job(self.folder, {}, self.accelerator))
+            self._eyes.look(samples)
+            work = self._eyes
         seen = _Seen()
         lost = work.make(sorted(work.sources), seen)
         projector = self.model.projector
@@ -262,7 +266,7 @@ class Pack:
         return features, lost
 
 
-class _Seen(_Shards):
+class _Seen(Shards):
     """Features kept in memory, in the half precision of the files."""
 
     def __init__(self) -> None:

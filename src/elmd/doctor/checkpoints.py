@@ -30,15 +30,22 @@ _POINTER = 1024
 #: How the names of a BLIP-2 model's weights begin that are read; its language model need not be there.
 _ENCODER = ("vision_model.", "qformer.", "query_tokens")
 
-_GROUP_WANTS = {"llm": "a causal language model", "vision": "a BLIP-2 encoder", "retriever": "a sentence encoder"}
+_GROUP_WANTS = {
+    "llm": "a causal language model",
+    "vision": "a BLIP-2 encoder",
+    "resnet": "a ResNet",
+    "retriever": "a sentence encoder",
+}
 
 
 def checkpoints(cfg: Config) -> Iterator[Finding]:
     """One finding for each checkpoint that this configuration uses."""
     if not cfg.baseline.name.own_model:
         yield _checkpoint("llm", cfg.llm.name, cfg.llm.path)
-    if cfg.vision.kind in (VisionKind.encoder, VisionKind.resnet) and cfg.baseline.name is not BaselineName.dialogpt:
+    if cfg.vision.kind is VisionKind.encoder and cfg.baseline.name is not BaselineName.dialogpt:
         yield _checkpoint("vision", cfg.vision.name, cfg.vision.path)
+    if cfg.vision.kind is VisionKind.resnet:
+        yield _checkpoint("resnet", cfg.vision.name, cfg.baseline.resnet)
     if cfg.retrieves and not cfg.baseline.name.own_model:
         yield _checkpoint("retriever", cfg.retriever.name, cfg.retriever.path)
 

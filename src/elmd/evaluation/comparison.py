@@ -16,13 +16,13 @@ import numpy as np
 
 from elmd.data.samples import load_samples
 from elmd.errors import DataError
+from elmd.evaluation.paired import compare_metrics, emotion_metrics
 from elmd.evaluation.paper import PaperTable, paper_table
 from elmd.evaluation.runs import ABLATIONS, FULL, SYMBOLS, Experiment, Run
 from elmd.evaluation.score import (
     ALL_PROTOCOLS,
     Prediction,
     by_seed_of,
-    check_same,
     common_floor,
     measure,
     pool,
@@ -30,23 +30,13 @@ from elmd.evaluation.score import (
     references_of,
     retrieval_floor,
 )
-from elmd.evaluation.significance import (
-    bootstrap_interval,
-    holm,
-    over_seeds,
-    paired_bootstrap,
-    paired_permutation,
-    welch,
-)
-from elmd.labels import EMOTIONS, INDEX, Emotion
+from elmd.evaluation.significance import bootstrap_interval, over_seeds, welch
+from elmd.labels import Emotion
 from elmd.metrics.text import Metric, signatures, surface, versions
 
 #: Below these a verdict would be a guess.
 LEAST_SAMPLES, LEAST_SEEDS = 100, 3
 LEVEL = 0.05
-
-#: Of paired tests: with fewer, the smallest possible p-value times a table's tests would not come below `LEVEL`.
-RESAMPLES = 10_000
 
 #: What a cell may say of its difference from the reference.
 DIFFERS, NOISE, TOO_FEW = "differs", "within noise", "n too small to say"
@@ -231,87 +221,6 @@ def compare_systems(
     )
 
 
-def compare(
-    ours: Sequence[Prediction],
-    others: Mapping[str, Sequence[Prediction]],
-    protocol: str = "strict",
-    *,
-    seed: int = 0,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Paired tests of one system against others on the same samples.
-
-    Corpus scores by paired bootstrap, means over samples by paired permutation, the decode seeds of a sample taken
-    together; Holm's correction runs over the whole family (all systems × all metrics).
-
-    Returns:
-        system -> metric -> `difference` (ours − theirs, × 100), `p`, `p_holm`.
-
-    Raises:
-        DataError: no predictions, an unknown protocol, or systems that were run on different samples.
-    """
-    references = references_of(ours)
-    for name, predictions in others.items():
-        check_same(references, references_of(predictions), "the first system", name)
-    mine, *theirs = (_pooled(predictions, protocol, list(references)) for predictions in (ours, *others.values()))
-    return compare_metrics(mine, dict(zip(others, theirs, strict=True)), seed=seed)
-
-
-def compare_metrics(
-    ours: Mapping[str, Metric], others: Mapping[str, Mapping[str, Metric]], *, seed: int = 0
-) -> dict[str, dict[str, dict[str, float]]]:
-    """`compare` on metrics whose samples stand in one order; a metric that a system lacks is left out of the family."""
-    result: dict[str, dict[str, dict[str, float]]] = {}
-    for name, theirs in others.items():
-        result[name] = {}
-        for metric, a in ours.items():
-            if (b := theirs.get(metric)) is None:
-                continue
-            test = (
-                paired_permutation(a.values, b.values, seed=seed)
-                if a.mean
-                else paired_bootstrap(a.statistics, b.statistics, a.reduce, seed=seed, resamples=RESAMPLES)
-            )
-            result[name][metric] = {"difference": test.difference, "p": test.p}
-    family = {f"{name}\n{metric}": row["p"] for name, rows in result.items() for metric, row in rows.items()}
-    for key, p in holm(family).items():
-        name, _, metric = key.rpartition("\n")
-        result[name][metric]["p_holm"] = p
-    return result
-
-
-def emotion_metrics(gold: Sequence[Emotion | None], predicted: Sequence[Emotion | None]) -> dict[str, Metric]:
-    """Accuracy and weighted F1 of emotions as metrics that can be resampled; fractions, not × 100.
-
-    Samples without a gold emotion are left out, so all systems must be given the same ones. A missing prediction is
-    wrong. Empty where no gold emotion is known, or none was ever predicted: such a system was not asked to.
-    """
-    known = [(g, p) for g, p in zip(gold, predicted, strict=True) if g is not None]
-    if not known or all(p is None for _, p in known):
-        return {}
-    right = np.array([g == p for g, p in known], dtype=np.float64)
-    marks = np.zeros((len(known), 3, len(EMOTIONS)))  # gold, named, and both, by emotion
-    for row, (g, p) in zip(marks, known, strict=True):
-        row[0, INDEX[g]] = 1
-        if p is not None:
-            row[1, INDEX[p]] = 1
-            row[2, INDEX[g]] = g == p
-    return {
-        "accuracy": Metric(np.stack([right, np.ones_like(right)], axis=1), _share, mean=True),
-        "weighted_f1": Metric(marks.reshape(len(known), -1), _weighted_f1, mean=False),
-    }
-
-
-def _share(sums: np.ndarray) -> np.ndarray:
-    return sums[:, 0] / sums[:, 1]
-
-
-def _weighted_f1(sums: np.ndarray) -> np.ndarray:
-    """2TP / (2TP + FP + FN) of each emotion, weighed by gold counts, from totals [R, 3 · C]."""
-    support, named, right = sums.reshape(len(sums), 3, -1).transpose(1, 0, 2)
-    f1 = 2 * right / np.maximum(support + named, 1)
-    return (f1 * support).sum(axis=1) / support.sum(axis=1)
-
-
 @dataclass(frozen=True)
 class _System:
     """Scores of one system, measured once.
@@ -384,11 +293,6 @@ def _measured(
     found = pairs.of(predictions)
     emotion = emotion_metrics([gold[p.id] for p in predictions], [p.predicted_emotion for p in predictions])
     return found | ({"emotion": emotion} if emotion else {})
-
-
-def _pooled(predictions: Sequence[Prediction], protocol: str, ids: Sequence[str]) -> dict[str, Metric]:
-    rows = [{p.id: p for p in one} for one in by_seed_of(predictions, "predictions").values()]
-    return pool([measure([one[id_] for id_ in ids], protocol) for one in rows])
 
 
 def _gold(runs: Sequence[Run]) -> dict[str, Emotion | None]:

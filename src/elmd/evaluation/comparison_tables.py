@@ -11,7 +11,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from elmd.evaluation.comparison import DIFFERS, Cell, Comparison, Row
 from elmd.evaluation.tables import (
@@ -48,12 +48,12 @@ def metrics_of(comparison: Comparison, group: str) -> list[str]:
 
 
 def score_table(
-    comparison: Comparison, group: str, *, intervals: bool = True
+    comparison: Comparison, group: str, *, intervals: Literal["beside", "below"] | None = "beside"
 ) -> tuple[list[str], list[list[CellText]]]:
     """Columns and rows of a group's scores, the paper's numbers beside ours; empty where no system has the group.
 
     Args:
-        intervals: the bootstrap interval in each cell; else in a row of their own below each system's.
+        intervals: the bootstrap intervals in the scores' cells, or in a row of their own below each system's.
     """
     metrics = metrics_of(comparison, group)
     beside = [m for m in metrics if group == "paper" and any(m in row.paper for row in comparison.rows)]
@@ -70,19 +70,19 @@ def score_table(
             cell = row.cells[group].get(metric)
             interval = interval_text(cell, group, metric) if cell else ""
             text = cell_text(cell, group, metric) if cell else NONE
-            text = f"{text} {interval}" if intervals and interval else text
+            text = f"{text} {interval}" if intervals == "beside" and interval else text
             line.append(Bold(text) if cell and cell.best else text)
             below.append(interval)
             if metric in beside:
                 line.append(row.paper.get(metric, NONE))
                 below.append("")
         rows.append(line)
-        if not intervals and any(below):
+        if intervals == "below" and any(below):
             rows.append(below)
     return (columns, rows) if rows else ([], [])
 
 
-def tests_table(comparison: Comparison, group: str) -> tuple[list[str], list[list[CellText]]]:
+def verdict_table(comparison: Comparison, group: str) -> tuple[list[str], list[list[CellText]]]:
     """Columns and rows of a group's tests against the reference, a row per system and metric; empty if none."""
     columns = ["system", "metric", "difference", "p (Holm)", "p (seeds)", "verdict"]
     rows: list[list[CellText]] = [
@@ -142,7 +142,7 @@ def comparison_markdown(comparison: Comparison, title: str) -> str:
         parts.append(
             "\n".join(f"- `{name}`: {MEANING[name]}" for name in metrics_of(comparison, group) if name in MEANING)
         )
-        columns, tests = tests_table(comparison, group)
+        columns, tests = verdict_table(comparison, group)
         if tests:
             parts.append(f"### Against {markdown_escape(comparison.reference)} ({comparison.tests[group]} tests)")
             parts.append(markdown_table(columns, tests))
@@ -159,13 +159,13 @@ def comparison_latex(comparison: Comparison, title: str) -> str:
     tables = []
     for group, heading in GROUPS.items():
         caption = f"{title}. {heading}. {about(comparison)}".replace("`", "")
-        columns, rows = score_table(comparison, group, intervals=False)
+        columns, rows = score_table(comparison, group, intervals="below")
         if not rows:
             continue
         marks = " ° within noise or too few to say; † a floor is as good." if group in comparison.tests else ""
         gone = f" Missing: {'; '.join(map(missing_text, comparison.missing))}." if comparison.missing else ""
         tables.append(latex_table(columns, rows, f"{caption}{marks}{gone}"))
-        columns, tests = tests_table(comparison, group)
+        columns, tests = verdict_table(comparison, group)
         if tests:
             told = f"{title}. {heading}: tests against {comparison.reference}, Holm over {comparison.tests[group]}."
             tables.append(latex_table(columns, tests, told.replace("`", "")))

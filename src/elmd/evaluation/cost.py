@@ -1,7 +1,7 @@
 """Fig. 6: quality against the self-separation coefficient s, and what a larger s costs in retrieval (§5.4).
 
-The paper says that a large s "impedes retrieval efficiency". E_s is s vectors of the encoder's width d, so the index and
-the search should grow with s; measured here, not assumed.
+The paper says that a large s "impedes retrieval efficiency". E_s is s vectors of the encoder's width d, so the index
+and the search should grow with s; measured here, not assumed.
 """
 
 from __future__ import annotations

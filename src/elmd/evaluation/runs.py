@@ -175,7 +175,7 @@ def read_experiment(folder: Path, others: Mapping[str, Path] = {}) -> Experiment
     missing += [
         Missing(_beside(job, done, varied), job.seed, job.why_missing, None)
         for job in jobs
-        if not job.evaluated and job.folder not in unfinished
+        if not job.evaluated and job.folder not in {folder / one["job"] for one in swept or ()}
     ]
     if not runs:
         name = folder.absolute().name

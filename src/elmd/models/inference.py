@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +21,32 @@ from elmd.models.sharding import in_step, sharding
 R = TypeVar("R")
 
 
+class Movable(Protocol):
+    """A batch of tensors."""
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+M = TypeVar("M", bound=Movable, covariant=True)
+
+
+class Packable(Protocol[M]):
+    """Samples of known length that are batched on demand: ELMD's `Examples`, a baseline's `Rows`."""
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, positions: Sequence[int]) -> M: ...
+
+
 def over(
-    examples: Examples,
+    examples: Packable[M],
     budget: int,
     accelerator: Accelerator,
     what: str,
-    function: Callable[[Batch, list[int]], Sequence[R]],
+    function: Callable[[M, list[int]], Sequence[R]],
 ) -> list[R]:
     """`function(batch, positions)` for every sample once; one result per sample, in order, on every rank.
 

@@ -1,6 +1,7 @@
 """The visual encoder of eq. 5: BLIP-2's ViT and Q-Former, from a folder of weights; and the pooling of eq. 6-8.
 
 VisualGLM's image encoder is the same network (its ViT's last LayerNorm has another epsilon, a value of the config).
+Beside it a ResNet, whose vectors of frames the baseline Livebot reads.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from elmd.errors import CheckpointError, reason
 #: Mean and standard deviation of CLIP's training images, which BLIP-2 and VisualGLM normalise with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+#: The same of ImageNet's, which ResNets are trained on, and the side of their input.
+IMAGENET_MEAN, IMAGENET_STD, IMAGENET_SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -96,10 +99,7 @@ class VisionEncoder(nn.Module):
 
     def pixels(self, frames: Tensor) -> Tensor:
         """Squashed frames, uint8 [N, H, W, 3] -> normalised pixels, float32 [N, 3, H, W], on the encoder's device."""
-        device = self.query_tokens.device
-        mean = torch.tensor(self.shape.image_mean, device=device).view(3, 1, 1)
-        std = torch.tensor(self.shape.image_std, device=device).view(3, 1, 1)
-        return (frames.to(device).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return _normalised(frames.to(self.query_tokens.device), self.shape.image_mean, self.shape.image_std)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [N, 3, H, W] -> query outputs [N, o, q], float32."""
@@ -109,11 +109,7 @@ class VisionEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 of the configuration and every weight, as they are loaded."""
-        digest = hashlib.sha256(json.dumps(asdict(self.shape), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return _fingerprint(self, asdict(self.shape))
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` (names of transformers' Blip2Model)."""
@@ -186,12 +182,95 @@ class VisionEncoder(nn.Module):
         return encoder.requires_grad_(False).eval()
 
 
+class FrameEncoder(nn.Module):
+    """Frames -> one vector each: a frozen ResNet, averaged over the picture (Livebot's features, Ma et al. 2019).
+
+    Frames are squashed to a square as for eq. 5 (ours), so that nothing at the sides is cut off.
+    """
+
+    image_size = IMAGENET_SIZE
+
+    def __init__(self, resnet: Any, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.resnet, self.mean, self.std = resnet, mean, std
+        self.requires_grad_(False).eval()
+
+    def pixels(self, frames: Tensor) -> Tensor:
+        """As `VisionEncoder.pixels`."""
+        return _normalised(frames.to(self.resnet.device), self.mean, self.std)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [N, 3, H, W] -> vectors [N, q], float32."""
+        return self.resnet(pixels.to(self.resnet.dtype)).pooler_output.flatten(1).float()
+
+    def fingerprint(self) -> str:
+        """As `VisionEncoder.fingerprint`."""
+        config = self.resnet.config
+        form = [config.layer_type, config.hidden_act, config.downsample_in_first_stage, config.downsample_in_bottleneck]
+        return _fingerprint(self, [list(self.mean), list(self.std), *form])
+
+    @classmethod
+    def load(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> FrameEncoder:
+        """The ResNet in a folder of transformers' (with or without a classifier), or of a hub id, frozen.
+
+        Raises:
+            CheckpointError: it is no ResNet, a file or a weight is missing, or the hub does not give the files.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        from transformers import ResNetConfig, ResNetModel
+
+        folder = _fetch(path)
+        config = _read_json(folder / _CONFIG)
+        if config.get("model_type") != "resnet":
+            raise CheckpointError(
+                f"is no ResNet but {config.get('model_type', 'nothing that transformers knows')!r}",
+                where=folder / _CONFIG,
+                fix="give a folder or hub id such as microsoft/resnet-18",
+            )
+        try:
+            resnet: Any = ResNetModel(ResNetConfig(**_fields(config)))
+            found = {key.removeprefix("resnet."): tensor for key, tensor in load_file(folder / _WEIGHTS).items()}
+            # The count of batches seen is for training alone, and not every file has it.
+            wanted = {key for key in resnet.state_dict() if not key.endswith("num_batches_tracked")}
+            if missing := sorted(wanted - found.keys()):
+                raise ValueError(f"it lacks {len(missing)} weights, the first is {missing[0]}")
+            resnet.load_state_dict({key: found[key] for key in wanted}, strict=False)
+        except (OSError, SafetensorError, StrictDataclassError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"cannot be read as a ResNet ({reason(error)})",
+                where=folder,
+                fix="get it again, in safetensors format",
+            ) from error
+        preprocessor = folder / _PREPROCESSOR
+        normal = _read_json(preprocessor) if preprocessor.is_file() else {}
+        mean, std = normal.get("image_mean", IMAGENET_MEAN), normal.get("image_std", IMAGENET_STD)
+        return cls(resnet.to(device=device, dtype=dtype), mean, std)
+
+
 def pool(x: Tensor) -> Tensor:
     """V_c = [V_t ; V_s] (eq. 6-8): X [m, o, q] -> [o + m, q].
 
     V_t [o, q] is the mean over frames, V_s [m, q] the mean over query tokens; temporal first, no padding.
     """
     return torch.cat([x.mean(dim=0), x.mean(dim=1)])
+
+
+def _normalised(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] on the frames' device."""
+    middle, spread = (torch.tensor(values, device=frames.device).view(3, 1, 1) for values in (mean, std))
+    return (frames.permute(0, 3, 1, 2).float() / 255 - middle) / spread
+
+
+def _fingerprint(encoder: nn.Module, about: Any) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +306,7 @@ def _unfetched(name: str, why: str) -> CheckpointError:
     return CheckpointError(
         f"is no folder, and as a hub id it cannot be had ({why})",
         where=name,
-        fix="check vision.path and the connection, or download the repository and give its folder",
+        fix="check vision.path (of a ResNet: baseline.resnet) and the connection, or download it and give its folder",
     )
 
 
@@ -256,7 +335,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
-            "the vision checkpoint lacks this file", where=path, fix="check vision.path in the configuration"
+            "the vision checkpoint lacks this file",
+            where=path,
+            fix="check vision.path in the configuration (of a ResNet: baseline.resnet)",
         ) from error
     except ValueError as error:
         raise CheckpointError(f"is not JSON ({error})", where=path, fix="get the file again") from error

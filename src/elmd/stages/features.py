@@ -1,5 +1,8 @@
 """Stage `features`: each distinct clip once through the frozen encoder -> V_c (eq. 5-8), kept for REP and EERG.
 
+`vision.sampling=random` keeps the visual tokens of one frame per sample instead, drawn by the sample's id (VisualGLM,
+§4.2), and a ResNet gives one vector per frame (Livebot): both as they are, without the pooling.
+
 Ranks share the clips out and meet through files: shards of features as they are made (kept when a run is killed), and
 one note per rank when it is done. A clip that cannot be used costs that clip: its samples become text-only.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -18,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elmd.config import Config, VisionConfig, VisionKind
+from elmd.config import Config, Sampling, VisionConfig, VisionKind
 from elmd.data.features import INDEX, SHARDS, index_of, read_shards, write_shard
 from elmd.data.samples import load_samples
 from elmd.data.video import decode_clips, frame_files
 from elmd.errors import CheckpointError, ClipError, ConfigError, DataError
 from elmd.log import logger, progress, table
 from elmd.models.llm import pick_dtype
-from elmd.models.vision import VisionEncoder, pool
+from elmd.models.vision import FrameEncoder, VisionEncoder, pool
 from elmd.stages.base import Depends, Job, Outcome, Stage, checkpoint_path, standin
 from elmd.training.artifacts import digest, write_json
 from elmd.types import Clip, Sample
@@ -33,6 +37,9 @@ from elmd.types import Clip, Sample
 FAILED = "failed.json"
 #: Clips per shard: what a kill costs at most, on each rank. A shard of VisualGLM's features (m = 8) is then 15 MiB.
 CLIPS_PER_SHARD = 256
+#: The evenly spread frames of a clip among which `sampling=random` draws. Ours: two seconds of film hold about 50, and
+#: neighbours hardly differ.
+CANDIDATES = 16
 
 
 def depends(cfg: Config) -> Depends:
@@ -44,7 +51,7 @@ def depends(cfg: Config) -> Depends:
         "kind": vision.kind.value, "frames": vision.frames, "sampling": vision.sampling.value,
         "decoder": vision.decoder.value, "dtype": vision.dtype,
     }  # fmt: skip
-    return Depends(config=config, upstream=upstream) | standin(vision.path, "vision")
+    return Depends(config=config, upstream=upstream) | standin(_weights(cfg), "vision")
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -58,10 +65,10 @@ def run(cfg: Config, job: Job) -> Outcome:
     if cfg.vision.kind is VisionKind.none:
         raise ConfigError("vision=none has no features", where="stage", fix="leave the stage out, or choose a vision")
     samples = load_samples(job.upstream["prepare"] / "samples.jsonl")
-    work = _Precomputed(cfg, samples) if cfg.vision.kind is VisionKind.precomputed else _Encoded(cfg, job, samples)
+    work = Precomputed(cfg, samples) if cfg.vision.kind is VisionKind.precomputed else Encoded(cfg, job, samples)
     if not work.sources:
         raise DataError(
-            "no sample has " + ("features" if isinstance(work, _Precomputed) else "a clip"),
+            "no sample has " + ("features" if isinstance(work, Precomputed) else "a clip"),
             where=job.upstream["prepare"] / "samples.jsonl",
             fix="name them in the data, or set vision=none",
         )
@@ -74,7 +81,7 @@ def run(cfg: Config, job: Job) -> Outcome:
 
     begun = time.perf_counter()
     todo = [key for key in sorted(work.sources) if key not in kept]
-    failed = work.make(todo[rank::world], _Shards(job.folder, rank))
+    failed = work.make(todo[rank::world], Shards(job.folder, rank))
     write_json(job.folder / f"rank-{rank}.json", failed)
     for lost_there in _notes(job.folder, world):
         failed |= lost_there
@@ -128,19 +135,37 @@ def run(cfg: Config, job: Job) -> Outcome:
 STAGE = Stage("features", 1, depends, run)
 
 
-# ------------------------------------------------------------------------------------------------------ what to make
-class _Encoded:
-    """Features from clips: `sources` are clips by key; a key stands for content, span, sampling and encoder."""
+def _weights(cfg: Config) -> str | None:
+    """Where the encoder lies. Not `vision.path` for a ResNet: in a sweep that is the other systems' encoder."""
+    return cfg.baseline.resnet if cfg.vision.kind is VisionKind.resnet else cfg.vision.path
 
-    def __init__(self, cfg: Config, job: Job, samples: Iterable[Sample]):
+
+# ------------------------------------------------------------------------------------------------------ what to make
+class Encoded:
+    """Features from clips: `sources` are clips by key; a key stands for content, span, sampling and encoder.
+
+    Where a frame is drawn at random a key stands for the sample as well.
+    """
+
+    def __init__(self, cfg: Config, job: Job, samples: Iterable[Sample] = ()):
         self.vision: VisionConfig = cfg.vision
+        self.random = cfg.vision.sampling is Sampling.random
         device = job.accelerator.device
-        path = checkpoint_path(cfg.vision.path, "vision", job)
-        self.encoder = VisionEncoder.load(path, pick_dtype(cfg.vision.dtype, device), device)
-        made_by = [self.encoder.fingerprint(), self.encoder.image_size, cfg.vision.frames, cfg.vision.decoder.value]
+        self.path = checkpoint_path(_weights(cfg), "vision", job)
+        kind = FrameEncoder if cfg.vision.kind is VisionKind.resnet else VisionEncoder
+        self.encoder = kind.load(self.path, pick_dtype(cfg.vision.dtype, device), device)
+        self.made_by = [
+            self.encoder.fingerprint(), self.encoder.image_size, cfg.vision.frames, cfg.vision.sampling.value,
+            cfg.vision.decoder.value,
+        ]  # fmt: skip
+        self.look(samples)
+
+    def look(self, samples: Iterable[Sample]) -> None:
+        """Take these samples' clips as what is to be made, in place of any before."""
         contents: dict[str, str] = {}
         self.keys: dict[str, str | None] = {}
         self.sources: dict[str, Clip] = {}
+        self.drawn: dict[str, int] = {}  # which of the candidates, by key
         for sample in progress(list(samples), "looking at clips", unit="sample"):
             clip = sample.utterance.clip
             if clip is None:
@@ -148,7 +173,10 @@ class _Encoded:
                 continue
             if clip.path not in contents:
                 contents[clip.path] = _content(Path(clip.path))
-            key = digest([contents[clip.path], clip.start, clip.end, *made_by])
+            own = [sample.id] if self.random else []
+            key = digest([contents[clip.path], clip.start, clip.end, *self.made_by, *own])
+            if self.random:
+                self.drawn[key] = random.Random(sample.id).randrange(CANDIDATES)
             self.keys[sample.id] = key
             self.sources.setdefault(key, clip)
 
@@ -156,14 +184,14 @@ class _Encoded:
         clip = self.sources[key]
         return {"clip": clip.path, "start": clip.start, "end": clip.end}
 
-    def make(self, keys: list[str], shards: _Shards) -> dict[str, str]:
+    def make(self, keys: list[str], shards: Shards) -> dict[str, str]:
         """Features of these clips into shards; returns {key: error} of those that cannot be decoded."""
         failed: dict[str, str] = {}
         waiting: dict[str, np.ndarray] = {}
         clips_at_once = max(1, self.vision.batch_frames // self.vision.frames)
         decoding = decode_clips(
             [(key, self.sources[key]) for key in keys],
-            frames=self.vision.frames,
+            frames=CANDIDATES if self.random else self.vision.frames,
             size=self.encoder.image_size,
             decoder=self.vision.decoder.value,
             workers=self.vision.workers,
@@ -176,7 +204,7 @@ class _Encoded:
                     logger.warning("clip lost: %s", result)
                     failed[key] = str(result)
                     continue
-                waiting[key] = result
+                waiting[key] = result[self.drawn[key]][None] if self.random else result
                 if len(waiting) == clips_at_once:
                     shards.add(self._encode(waiting))
                     waiting = {}
@@ -187,23 +215,28 @@ class _Encoded:
 
     @torch.inference_mode()
     def _encode(self, clips: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        """V_c [m + o, q] by key."""
+        """V_c [o + m, q] by key; of one random frame X[0] [o, q], and of a ResNet [m, q]."""
         frames = torch.from_numpy(np.concatenate(list(clips.values())))
         parts = [self.encoder(self.encoder.pixels(part)) for part in frames.split(self.vision.batch_frames)]
-        found = {
-            key: pool(x).half().cpu() for key, x in zip(clips, torch.cat(parts).split(self.vision.frames), strict=True)
-        }
+        each = torch.cat(parts).split(self.vision.frames)
+        found = {key: self._tokens(x).half().cpu() for key, x in zip(clips, each, strict=True)}
         for key, features in found.items():
             if not features.isfinite().all():
                 raise CheckpointError(
                     f"the vision encoder's output is not finite on {self.sources[key].path}",
-                    where=self.vision.path,
+                    where=self.path,
                     fix="set vision.dtype=float32, and check that the weights are whole",
                 )
         return found
 
+    def _tokens(self, x: Tensor) -> Tensor:
+        """What is kept of a clip's frames: X [m, o, q], or [m, q] from a ResNet."""
+        if x.dim() == 2:
+            return x
+        return x[0] if self.random else pool(x)
 
-class _Precomputed:
+
+class Precomputed:
     """Features from a user's own arrays: `sources` are files by key; a key stands for a file's content."""
 
     def __init__(self, cfg: Config, samples: Iterable[Sample]):
@@ -227,7 +260,7 @@ class _Precomputed:
     def describe(self, key: str) -> dict[str, Any]:
         return {"features": str(self.sources[key])}
 
-    def make(self, keys: list[str], shards: _Shards) -> dict[str, str]:
+    def make(self, keys: list[str], shards: Shards) -> dict[str, str]:
         """Visual tokens of these arrays into shards; a bad array stops the run, so none are ever lost."""
         assert self.first is not None, "there are keys, so there is a first array"
         for key in progress(keys, "features", unit="array"):
@@ -276,7 +309,7 @@ class _Precomputed:
         return array
 
 
-class _Shards:
+class Shards:
     """This rank's shards: collects features and writes a file every CLIPS_PER_SHARD clips."""
 
     def __init__(self, folder: Path, rank: int):

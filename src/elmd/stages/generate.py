@@ -2,35 +2,131 @@
 
 from __future__ import annotations
 
-from elmd.config import Config, plain
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from elmd.baselines import base as baselines
+from elmd.config import BaselineName, Config, plain
 from elmd.data.prompts import SLOTS, Prompt
+from elmd.data.samples import load_samples
+from elmd.errors import ConfigError
 from elmd.evaluation.score import Prediction, write_predictions
+from elmd.labels import Emotion
 from elmd.log import table
 from elmd.models.elmd import Elmd
 from elmd.models.inference import generate
+from elmd.stages import baseline
 from elmd.stages.base import Depends, Job, Outcome, Stage
 from elmd.stages.eerg import task_of
 from elmd.stages.parts import depends_on_parts, load_parts, place
+from elmd.types import Sample
 
 PREDICTIONS = "predictions.jsonl"
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote for a sample.
+
+    Attributes:
+        ended: whether it came to an end before `max_new_tokens`.
+        prompt: the texts that the model read, by part.
+        emotion: the one it named, None where it named none.
+        demonstration: the retrieved response in the prompt.
+    """
+
+    text: str
+    ended: bool
+    prompt: dict[str, str]
+    emotion: Emotion | None = None
+    demonstration: str | None = None
+
+
+@dataclass(frozen=True)
+class Author:
+    """A trained model before its samples.
+
+    Attributes:
+        write: replies to all samples, by decode seed.
+        names_emotions: whether it was taught to name one.
+        counts: what else there is to tell.
+    """
+
+    samples: list[Sample]
+    write: Callable[[int], list[Reply]]
+    names_emotions: bool
+    counts: dict[str, Any]
+
+
 def depends(cfg: Config) -> Depends:
+    """
+    Raises:
+        ConfigError: DialoGPT has no positions for so many new tokens.
+    """
     decoding = {key: value for key, value in plain(cfg.generate).items() if key != "batch_tokens"}
-    return depends_on_parts(cfg) | Depends(config={"generate": decoding}, upstream=("eerg",))
+    own = Depends(config={"generate": decoding}, upstream=("baseline" if cfg.baseline.name.own_model else "eerg",))
+    if not cfg.baseline.name.own_model:
+        return depends_on_parts(cfg) | own
+    most = cfg.baseline.max_tokens
+    if cfg.baseline.name is BaselineName.dialogpt and cfg.generate.max_new_tokens > most:
+        raise ConfigError(
+            f"a reply may have {cfg.generate.max_new_tokens} tokens, and DialoGPT learns {most} at most",
+            where="generate.max_new_tokens",
+            fix="lower it, or raise baseline.max_tokens before training",
+        )
+    return baseline.depends_on_rows(cfg) | own
 
 
 def run(cfg: Config, job: Job) -> Outcome:
+    author = (_baseline if cfg.baseline.name.own_model else _elmd)(cfg, job)
+    predictions, unnamed, unfinished = [], 0, 0
+    for seed in cfg.generate.seeds:
+        for sample, reply in zip(author.samples, author.write(seed), strict=True):
+            unnamed += reply.emotion is None
+            unfinished += not reply.ended
+            predictions.append(
+                Prediction(
+                    id=sample.id,
+                    hypothesis=reply.text,
+                    reference=sample.response.text,
+                    demonstration=reply.demonstration,
+                    gold_emotion=sample.response.emotion,
+                    predicted_emotion=reply.emotion,
+                    seed=seed,
+                    tags=sample.utterance.tags,
+                    extra={"prompt": reply.prompt},
+                )
+            )
+    if job.accelerator.is_main_process:
+        write_predictions(job.folder / PREDICTIONS, predictions)
+    counts = {
+        "samples": len(author.samples),
+        "predictions": len(predictions),
+        "empty": sum(not p.hypothesis for p in predictions),
+        **({"without_emotion_word": unnamed} if author.names_emotions else {}),
+        "cut_at_max_new_tokens": unfinished,
+        **author.counts,
+    }
+    table(
+        f"Generated: {cfg.generate.split}",
+        ["", "count"],
+        [[k.replace("_", " "), v] for k, v in counts.items() if k != "cut"],
+    )
+    return Outcome(counts=counts)
+
+
+def _elmd(cfg: Config, job: Job) -> Author:
+    """ELMD, and VisualGLM of its parts."""
     parts = load_parts(cfg, job)
     # The prompt is the one that the model was trained with, whatever the configuration says now.
     parts.encoder.prompt = Prompt.load(job.upstream["eerg"] / "prompt.json")
     model = place(Elmd.load(job.upstream["eerg"], parts.llm), job.accelerator)
     samples, task = parts.split(cfg.generate.split), task_of(cfg)
     examples = parts.examples(samples, task, with_target=False)
-
-    predictions, unnamed, unfinished = [], 0, 0
     tokenizer, prompt = parts.encoder.tokenizer, parts.encoder.prompt
-    for seed in cfg.generate.seeds:
+
+    def write(seed: int) -> list[Reply]:
         ids = generate(
             model,
             examples,
@@ -42,41 +138,58 @@ def run(cfg: Config, job: Job) -> Outcome:
             temperature=cfg.generate.temperature,
             seed=seed,
         )
+        replies = []
         for sample, row, new in zip(samples, examples.rows, ids, strict=True):
-            emotion, response = prompt.split_target(tokenizer.decode(new, skip_special_tokens=True), task)
-            unnamed += emotion is None
-            unfinished += len(new) == cfg.generate.max_new_tokens
+            emotion, text = prompt.split_target(tokenizer.decode(new, skip_special_tokens=True), task)
             demonstrations = parts.demonstrations.get(sample.id, [])
-            parts_of_prompt = prompt.parts(sample, demonstrations, task, video=row.slots > 0)
-            predictions.append(
-                Prediction(
-                    id=sample.id,
-                    hypothesis=response,
-                    reference=sample.response.text,
+            read = prompt.parts(sample, demonstrations, task, video=row.slots > 0)
+            replies.append(
+                Reply(
+                    text=text,
+                    ended=len(new) < cfg.generate.max_new_tokens,
+                    prompt={part: text.replace(SLOTS, "<video>") for part, text in read.items()},
+                    emotion=emotion,
                     demonstration=demonstrations[0].response if demonstrations else None,
-                    gold_emotion=sample.response.emotion,
-                    predicted_emotion=emotion,
-                    seed=seed,
-                    tags=sample.utterance.tags,
-                    extra={"prompt": {part: text.replace(SLOTS, "<video>") for part, text in parts_of_prompt.items()}},
                 )
             )
-    if job.accelerator.is_main_process:
-        write_predictions(job.folder / PREDICTIONS, predictions)
-    counts = {
-        "samples": len(samples),
-        "predictions": len(predictions),
-        "empty": sum(not p.hypothesis for p in predictions),
-        "without_emotion_word": unnamed,
-        "cut_at_max_new_tokens": unfinished,
-        "cut": dict(parts.encoder.cuts),
-    }
-    table(
-        f"Generated: {cfg.generate.split}",
-        ["", "count"],
-        [[k.replace("_", " "), v] for k, v in counts.items() if k != "cut"],
-    )
-    return Outcome(counts=counts)
+        return replies
+
+    return Author(samples, write, cfg.eerg.with_emotion, {"cut": dict(parts.encoder.cuts)})
+
+
+def _baseline(cfg: Config, job: Job) -> Author:
+    """DialoGPT or Livebot: they read the dialogue's text (and frames), name no emotion and see no demonstration."""
+    every = load_samples(job.upstream["prepare"] / "samples.jsonl")
+    samples = [sample for sample in every if sample.split == cfg.generate.split]
+    model, vocabulary = baseline.load(cfg, job.upstream["baseline"])
+    model.to(job.accelerator.device)
+    video, width = baseline.frames_of(cfg, job, every)
+    rows = baseline.rows_for(cfg, model, vocabulary, video, width)(samples, with_reply=False)
+
+    def write(seed: int) -> list[Reply]:
+        ids = baselines.generate(
+            model,
+            rows,
+            cfg.generate.batch_tokens,
+            job.accelerator,
+            max_new_tokens=cfg.generate.max_new_tokens,
+            top_p=cfg.generate.top_p,
+            temperature=cfg.generate.temperature,
+            seed=seed,
+        )
+        return [
+            Reply(
+                text=vocabulary.decode(new),
+                ended=len(new) < cfg.generate.max_new_tokens,
+                prompt={
+                    "history": "".join(f"{turn.speaker}: {turn.text}\n" for turn in sample.history),
+                    "utterance": f"{sample.utterance.speaker}: {sample.utterance.text}\n",
+                },
+            )
+            for sample, new in zip(samples, ids, strict=True)
+        ]
+
+    return Author(samples, write, False, {"unknown_tokens_read": rows.unknown, "cut": dict(rows.cuts)})
 
 
 STAGE = Stage("generate", 1, depends, run)

@@ -32,7 +32,7 @@ T = TypeVar("T")
 HOLD_OUT = 20  # one in so many samples is kept for measuring
 #: Share of lessons that only ask to repeat a sentence: copying is what a demonstration needs, and is learnt late.
 REPEATED = 0.1
-#: Share of each kind of prompt among the other lessons; the baseline that asks for the reply alone is not to be strange.
+#: Share of each kind of prompt among the other lessons; the one that a baseline asks with is not to be strange either.
 TASKS: dict[Task, float] = {"rep": 0.45, "eerg": 0.4, "reply": 0.15}
 
 

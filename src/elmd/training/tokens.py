@@ -1,9 +1,10 @@
-"""Training on target tokens: what REP (eq. 10) and EERG (eq. 11) have in common."""
+"""Training on target tokens: what REP (eq. 10), EERG (eq. 11) and the baselines have in common."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -12,12 +13,32 @@ from torch import Tensor, nn
 from elmd.data.collate import pack
 from elmd.data.examples import Examples
 from elmd.models.elmd import Elmd
-from elmd.models.inference import over
+from elmd.models.inference import Packable, over
 from elmd.models.sharding import in_step, sharding
 from elmd.training.loop import Batch
 
 
-class TokenTask:
+class Writer(Protocol):
+    """A model of target tokens."""
+
+    def loss(self, batch: Any) -> Tensor:
+        """Negative log-likelihood of each row's target tokens, *summed*; [B]."""
+        ...
+
+    def train(self) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+
+class Targets(Packable[Any], Protocol):
+    """Samples with target tokens."""
+
+    def targets(self, positions: Sequence[int]) -> int:
+        """Number of target tokens of the samples at `positions`."""
+        ...
+
+
+class PackedTask:
     """Samples drawn at random into global batches, each run as length-sorted micro-batches under a token budget.
 
     Args:
@@ -25,24 +46,25 @@ class TokenTask:
         batch_size: samples of a global batch, whatever the number of GPUs.
         micro_tokens: tokens per micro-batch, padding included; changes memory and speed, not gradients.
         evaluate: metrics on the selection split.
+        before: how many of each sample's tokens are padded apart from the others (see `pack`).
     """
 
     def __init__(
         self,
-        model: Elmd,
+        model: Writer,
         modules: Mapping[str, nn.Module],
-        examples: Examples,
+        examples: Targets,
         accelerator: Accelerator,
         *,
         batch_size: int,
         micro_tokens: int,
         seed: int,
         evaluate: Callable[[], dict[str, float]],
+        before: Sequence[int] | None = None,
     ):
         self.model, self.modules, self.examples, self.accelerator = model, modules, examples, accelerator
         self.batch_size, self.micro_tokens, self.seed, self.evaluate = batch_size, micro_tokens, seed, evaluate
-        # Without an adapter only the projector trains, and the tokens before the slots run without gradient.
-        self.before = [len(row.before) for row in examples.rows] if model.adapter is None else None
+        self.before = before
 
     def batches(self, epoch: int) -> list[Batch]:
         order = list(range(len(self.examples)))
@@ -58,12 +80,30 @@ class TokenTask:
         order = sorted(batch, key=lambda i: (lengths[i], i))
         shares = [pack(lengths, order[one::world], self.micro_tokens, before=self.before) for one in range(world)]
         for positions, counts in in_step(shares, rank, level=sharding(self.accelerator)):
-            micro = self.examples.batch(positions, split=self.before is not None).to(self.accelerator.device)
+            micro = self.micro_batch(positions).to(self.accelerator.device)
             yield self.model.loss(micro).sum() * counts, sum(lengths[i] for i in positions) * counts
+
+    def micro_batch(self, positions: Sequence[int]) -> Any:
+        return self.examples.batch(positions)
+
+
+class TokenTask(PackedTask):
+    """ELMD's: without an adapter only the projector trains, and the tokens before the slots run without gradient."""
+
+    examples: Examples
+
+    def __init__(
+        self, model: Elmd, modules: Mapping[str, nn.Module], examples: Examples, accelerator: Accelerator, **how: Any
+    ):
+        before = [len(row.before) for row in examples.rows] if model.adapter is None else None
+        super().__init__(model, modules, examples, accelerator, before=before, **how)
+
+    def micro_batch(self, positions: Sequence[int]) -> Any:
+        return self.examples.batch(positions, split=self.before is not None)
 
 
 @torch.no_grad()
-def token_loss(model: Elmd, examples: Examples, budget: int, accelerator: Accelerator, what: str) -> float:
+def token_loss(model: Writer, examples: Targets, budget: int, accelerator: Accelerator, what: str) -> float:
     """Mean negative log-likelihood per target token over all `examples`."""
     model.eval()
     losses = over(examples, budget, accelerator, what, lambda batch, _: model.loss(batch).tolist())

@@ -1,0 +1,371 @@
+"""What the baselines share: vocabulary, samples as ids, batches, and the contract `fit` / `generate` / `save` / `load`.
+
+They read the same samples as ELMD, train through the same loop and decode with the same random numbers.
+
+    history, u                      reply                context (left)      reply (right)
+    [CLS] 早 [SEP] 你 好 [SEP]       好 啊 [SEP]    ->     C 早 S 你 好 S       好 啊 S
+    [CLS] 喂 [SEP]                   谁 [SEP]             - - - C 喂 S        谁 S -
+
+Padded on these sides, a row's real tokens stay next to each other where a model reads context and reply as one text.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+from elmd.data.examples import Features, no_features
+from elmd.errors import CheckpointError
+from elmd.log import logger
+from elmd.models.elmd import Choose
+from elmd.models.inference import greedy, nucleus, over
+from elmd.training import loop
+from elmd.training.artifacts import write_text
+from elmd.training.loop import Plan, Progress
+from elmd.training.tokens import PackedTask, token_loss
+from elmd.types import Sample
+
+VOCABULARY, CONFIG, WEIGHTS = "vocab.txt", "config.json", "model.safetensors"
+PAD, UNK, CLS, SEP, MASK = CONTROL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+#: The logits [n, vocabulary] of the next token of the rows `running` [n], after what is new in all rows [B, t].
+NextLogits = Callable[[Tensor, Tensor], Tensor]
+
+
+# -------------------------------------------------------------------------------------------------------- vocabulary
+class Vocabulary:
+    """BERT's WordPiece, lower-cased, a Chinese character a token, as GPT2-chitchat uses it.
+
+    Made of the `tokenizers` library's parts without added tokens, so that a user's "[SEP]" stays text.
+
+    Args:
+        tokens: by id; as in a BERT `vocab.txt`.
+        where: the file, for the message.
+
+    Raises:
+        CheckpointError: one of the five control tokens is not among them.
+    """
+
+    def __init__(self, tokens: Sequence[str], where: Path | None = None):
+        self.tokens = list(tokens)
+        ids: dict[str, int] = {}
+        for i, token in enumerate(self.tokens):
+            ids.setdefault(token, i)
+        if lacking := [name for name in CONTROL if name not in ids]:
+            raise CheckpointError(
+                f"is no BERT vocabulary: it lacks {', '.join(lacking)}", where=where, fix="give one token a line"
+            )
+        self.pad, self.unknown, self.start, self.end, self.mask = (ids[name] for name in CONTROL)
+        self._tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNK))
+        self._tokenizer.normalizer, self._tokenizer.pre_tokenizer = _bert()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def never_written(self) -> list[int]:
+        """Ids that no reply holds: what is unknown has no text (GPT2-chitchat forbids it too), the others no place."""
+        return [self.pad, self.unknown, self.start, self.mask]
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without control tokens; a space stands between Latin words and numbers only."""
+        kept = [self.tokens[i] for i in ids if self.tokens[i] not in CONTROL]
+        text = " ".join(kept).replace(" ##", "")
+        return re.sub(r" (?![0-9a-z])|(?<![0-9a-z]) ", "", text)
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Vocabulary:
+        """The characters of the texts, the most frequent first; within a word (Latin, numbers) also as `##` pieces."""
+        normalizer, splitter = _bert()
+        first: Counter[str] = Counter()
+        within: Counter[str] = Counter()
+        for text in texts:
+            for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
+                first.update(word)
+                if len(word) > 1:
+                    within.update(f"##{character}" for character in word)
+
+        def ranked(counts: Counter[str]) -> list[str]:
+            return sorted(counts, key=lambda token: (-counts[token], token))
+
+        return cls([*CONTROL, *ranked(first), *ranked(within)])
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """
+        Raises:
+            CheckpointError: the file cannot be read, or is no such vocabulary.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"cannot be read as a vocabulary ({error})", where=path, fix="give a BERT vocab.txt in UTF-8"
+            ) from error
+        return cls([line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)], path)
+
+    def save(self, path: Path) -> None:
+        write_text(path, "".join(f"{token}\n" for token in self.tokens))
+
+
+def _bert() -> tuple[Any, Any]:
+    return normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+
+
+# ------------------------------------------------------------------------------------------------------ samples, batch
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A sample in ids: `[CLS]h1[SEP]…u[SEP]`, and `r[SEP]` (empty when generating)."""
+
+    context: list[int]
+    reply: list[int]
+
+
+@dataclass
+class TextBatch:
+    """B rows, with L columns of context and R of reply.
+
+    Attributes:
+        context: [B, L] long, padded on the left; `seen` [B, L] bool, what is no padding.
+        reply: [B, R] long, padded on the right; `told` [B, R] bool, what is no padding.
+        video: [B, F, q] frame features, zeros where there are none, or None in a text model.
+        frames: [B, F] bool, what is no padding; all False in a row without a clip.
+    """
+
+    context: Tensor
+    seen: Tensor
+    reply: Tensor
+    told: Tensor
+    video: Tensor | None = None
+    frames: Tensor | None = None
+
+    def to(self, device: torch.device) -> TextBatch:
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, L] long, from 0 at each row's [CLS]."""
+        return (self.seen.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class Rows:
+    """Samples made ready: encoded once, batched on demand.
+
+    A context longer than `max_tokens` loses its oldest turns first, then the beginning of u; a reply loses its end.
+
+    Args:
+        max_tokens: of a context, and of a reply.
+        with_reply: True for training and validation loss, False for generation.
+        loss_on_context: whether the context's tokens are targets too (DialoGPT).
+        video: frame features [F, q] by sample id, None where a sample has no clip.
+        width: q; 0 for a text model.
+
+    Attributes:
+        lengths, before: tokens of each row, and how many of them are context.
+        unknown: how many tokens became [UNK], of `tokens`.
+        cuts: how many samples lost text, by part.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        vocabulary: Vocabulary,
+        *,
+        max_tokens: int,
+        with_reply: bool,
+        loss_on_context: bool,
+        video: Features = no_features,
+        width: int = 0,
+    ):
+        self.samples, self.vocabulary, self.max_tokens = samples, vocabulary, max_tokens
+        self.loss_on_context, self.video, self.width = loss_on_context, video, width
+        self.cuts: Counter[str] = Counter()
+        self.rows = [Row(self._context(s), self._reply(s) if with_reply else []) for s in samples]
+        self.lengths = [len(row.context) + len(row.reply) for row in self.rows]
+        self.before = [len(row.context) for row in self.rows]
+        self.tokens = sum(self.lengths)
+        self.unknown = sum([*row.context, *row.reply].count(vocabulary.unknown) for row in self.rows)
+        if self.cuts:
+            shown = ", ".join(f"{part} of {count}" for part, count in self.cuts.items())
+            logger.warning("%d samples: too long, so cut: %s", len(samples), shown)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def targets(self, positions: Sequence[int]) -> int:
+        """Number of tokens that the loss is summed over, in the samples at `positions`."""
+        rows = [self.rows[i] for i in positions]
+        # The first token, [CLS], is given and not predicted.
+        return sum(len(row.reply) + (len(row.context) - 1 if self.loss_on_context else 0) for row in rows)
+
+    def batch(self, positions: Sequence[int]) -> TextBatch:
+        rows = [self.rows[i] for i in positions]
+        context, seen = _pad([row.context for row in rows], self.vocabulary.pad, left=True)
+        reply, told = _pad([row.reply for row in rows], self.vocabulary.pad, left=False)
+        if not self.width:
+            return TextBatch(context, seen, reply, told)
+        features = [self.video(self.samples[i].id) for i in positions]
+        most = max((len(f) for f in features if f is not None), default=1)
+        video, frames = torch.zeros(len(rows), most, self.width), torch.zeros(len(rows), most, dtype=torch.bool)
+        for i, found in enumerate(features):
+            if found is not None:
+                video[i, : len(found)], frames[i, : len(found)] = found, True
+        return TextBatch(context, seen, reply, told, video, frames)
+
+    def _context(self, sample: Sample) -> list[int]:
+        turns = [self.vocabulary.encode(turn.text) for turn in (*sample.history, sample.utterance)]
+        room = self.max_tokens - 2  # [CLS], and the [SEP] after u
+        kept = turns[-1][-room:]
+        if len(kept) < len(turns[-1]):
+            self.cuts["utterance"] += 1
+        context = [*kept, self.vocabulary.end]
+        for turn in reversed(turns[:-1]):
+            if len(context) + len(turn) + 2 > self.max_tokens:
+                self.cuts["history"] += 1
+                break
+            context = [*turn, self.vocabulary.end, *context]
+        return [self.vocabulary.start, *context]
+
+    def _reply(self, sample: Sample) -> list[int]:
+        ids = self.vocabulary.encode(sample.response.text)
+        if len(ids) > self.max_tokens - 1:
+            self.cuts["reply"] += 1
+        return [*ids[: self.max_tokens - 1], self.vocabulary.end]
+
+
+def _pad(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids [B, longest] and which of them are real."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad)
+    real = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        columns = slice(longest - len(row), longest) if left else slice(len(row))
+        ids[i, columns], real[i, columns] = torch.tensor(row, dtype=torch.long), True
+    return ids, real
+
+
+# ---------------------------------------------------------------------------------------------------------- contract
+class Baseline(nn.Module, ABC):
+    """A network that answers. `fit` trains it and `generate` lets it write; both ask for nothing but this."""
+
+    #: Whether the context's tokens are targets too.
+    loss_on_context: bool
+
+    @abstractmethod
+    def loss(self, batch: TextBatch) -> Tensor:
+        """Negative log-likelihood of each row's target tokens, *summed*; [B] float32."""
+
+    @abstractmethod
+    def begin(self, batch: TextBatch) -> NextLogits:
+        """Read the contexts; the function returned gives the next token's logits, and is called token by token."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path) -> Self:
+        """The saved model, on the CPU, in eval()."""
+
+
+def fit(
+    model: Baseline,
+    train: Rows,
+    selection: Rows,
+    plan: Plan,
+    folder: Path,
+    accelerator: Accelerator,
+    what: str,
+    *,
+    batch_size: int,
+    micro_tokens: int,
+) -> Progress:
+    """Train all of `model` by `plan`, and leave the weights of the smallest loss on `selection` in it.
+
+    Args:
+        plan: its only module is called `model`, its metric `loss`, per target token.
+        batch_size: samples of a global batch, whatever the number of GPUs.
+        micro_tokens: tokens of a micro-batch, padding included.
+    """
+
+    def evaluate() -> dict[str, float]:
+        return {"loss": token_loss(model, selection, micro_tokens, accelerator, "validation loss")}
+
+    task = PackedTask(
+        model,
+        {"model": model},
+        train,
+        accelerator,
+        batch_size=batch_size,
+        micro_tokens=micro_tokens,
+        seed=plan.seed,
+        evaluate=evaluate,
+        before=train.before,
+    )
+    return loop.fit(task, plan, folder, accelerator, what)
+
+
+def generate(
+    model: Baseline,
+    rows: Rows,
+    budget: int,
+    accelerator: Accelerator,
+    *,
+    max_new_tokens: int,
+    top_p: float,
+    temperature: float,
+    seed: int,
+) -> list[list[int]]:
+    """New ids for each sample, without [SEP], decoded as ELMD's are (see `elmd.models.inference.generate`).
+
+    Args:
+        budget: tokens of context per batch, padding included.
+    """
+    model.eval()
+
+    def run(batch: TextBatch, positions: list[int]) -> list[list[int]]:
+        names = [rows.samples[i].id for i in positions]
+        choose = greedy if temperature == 0 else nucleus(names, top_p, temperature, max_new_tokens, seed)
+        return write(model, batch, choose, rows.vocabulary, max_new_tokens=max_new_tokens)
+
+    return over(rows, budget, accelerator, f"generate (seed {seed})", run)
+
+
+@torch.no_grad()
+def write(
+    model: Baseline, batch: TextBatch, choose: Choose, vocabulary: Vocabulary, *, max_new_tokens: int
+) -> list[list[int]]:
+    """New ids of each row, without [SEP]; rows that have ended are not run any further."""
+    next_logits, rows = model.begin(batch), len(batch.context)
+    running = torch.arange(rows, device=batch.context.device)
+    new = batch.context.new_zeros(rows, 0)
+    for step in range(max_new_tokens):
+        # All rows have logits, as each draws by its place in the batch; those of ended ones are not used.
+        logits = torch.zeros(rows, len(vocabulary), device=new.device)
+        logits[running] = next_logits(new, running).float()
+        logits[:, vocabulary.never_written] = -torch.inf
+        column = new.new_full((rows, 1), vocabulary.end)
+        column[running, 0] = choose(logits, step)[running]
+        new = torch.cat([new, column], 1)
+        running = running[column[running, 0] != vocabulary.end]
+        if not len(running):
+            break
+    ids = new.tolist()
+    return [row[: row.index(vocabulary.end)] if vocabulary.end in row else row for row in ids]

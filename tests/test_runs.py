@@ -1,0 +1,201 @@
+"""Runs of an experiment: names, order, what is missing, third parties."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elmd.errors import ArtifactError, DataError
+from elmd.evaluation.runs import Missing, read_experiment, system_name
+from elmd.evaluation.score import Prediction, write_predictions
+from experiments import config, job, predictions
+
+REFERENCES = ["今天真的好高兴啊", "你怎么了？", "我也不知道。"]
+
+
+def said(text: str = "好的。") -> list[Prediction]:
+    return predictions([text] * 3, REFERENCES)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "experiments" / "demo"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "ELMD"),
+        ({"ablation_name": "no_erm"}, "w/o ERM"),
+        ({"ablation_name": "no_v"}, "w/o V"),
+        ({"ablation_name": "mine"}, "ELMD, mine"),
+        ({"baseline__name": "dialogpt"}, "DialoGPT"),
+        ({"baseline__name": "visualglm"}, "VisualGLM-style"),
+        ({"baseline__name": "livebot", "ablation_name": "no_v"}, "Livebot, w/o V"),
+    ],
+)
+def test_names(changes: dict[str, Any], name: str) -> None:
+    assert system_name(config(**changes)) == name
+
+
+def test_old_configurations_have_no_baseline() -> None:
+    old = config()
+    del old["baseline"]
+    assert system_name(old) == "ELMD"
+
+
+def test_runs_come_in_the_order_of_the_papers_tables(folder: Path) -> None:
+    for i, (key, value) in enumerate(
+        [("ablation_name", "no_rep"), ("ablation_name", "no_erm"), ("ablation_name", "none"),
+         ("baseline__name", "visualglm"), ("baseline__name", "dialogpt"), ("baseline__name", "livebot")]
+    ):  # fmt: skip
+        for seed in (1, 0):
+            job(folder / f"{i},{seed}", config(seed=seed, **{key: value}), said())
+    found = read_experiment(folder)
+    assert found.name == "demo"
+    assert list(found.systems) == ["Livebot", "DialoGPT", "VisualGLM-style", "ELMD", "w/o ERM", "w/o REP"]
+    assert all([run.seed for run in runs] == [0, 1] for runs in found.systems.values())
+    assert found.missing == []
+    run = found.systems["w/o ERM"][0]
+    assert (run.folder, run.path) == (folder / "1,0", folder / "1,0" / "predictions.jsonl")
+    assert run.predictions == said()
+    assert run.manifest("prepare") == {"stage": "prepare"}
+    with pytest.raises(ArtifactError, match=r"1,0: has no finished eerg \(finished: prepare\)"):
+        run.manifest("eerg")
+    assert len(found.samples()) == 12
+    assert any("VisualGLM-style: ELMD's parts" in note for note in found.notes)
+    assert not any("text only" in note for note in found.notes)
+
+
+def test_a_single_run_is_an_experiment(folder: Path) -> None:
+    job(folder, config(vision__kind="none"), said())
+    found = read_experiment(folder)
+    assert [(run.system, run.seed) for run in found.runs] == [("ELMD", 0)]
+    assert any("ELMD is text only here" in note for note in found.notes)
+
+
+def test_what_varies_becomes_part_of_the_name(folder: Path) -> None:
+    for slots in (16, 2, 4):
+        job(folder / f"s{slots}", config(erm__slots=slots, threads=slots, eerg__micro_tokens=slots), said())
+    assert list(read_experiment(folder).systems) == ["ELMD, s = 2", "ELMD, s = 4", "ELMD, s = 16"]
+    job(folder / "other", config(ablation_name="no_ert", erm__slots=4, erm__emotion_weight=0.0), said())
+    assert list(read_experiment(folder).systems)[-1] == "w/o ERT"  # what an ablation sets is its own
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "names"),
+    [
+        ({"vision__frames": 8}, {"vision__frames": 16}, ["ELMD, m = 8", "ELMD, m = 16"]),
+        ({"retriever__key": "e_u"}, {}, ["ELMD, retriever.key=E_s", "ELMD, retriever.key=e_u"]),
+        ({"llm__name": "qwen", "llm__path": "/x"}, {}, ["ELMD, llm=qwen", "ELMD, llm=tiny"]),
+    ],
+)
+def test_names_of_variants(folder: Path, one: dict[str, Any], two: dict[str, Any], names: list[str]) -> None:
+    job(folder / "a", config(**one), said())
+    job(folder / "b", config(**two), said())
+    assert list(read_experiment(folder).systems) == names
+
+
+def test_long_values_are_told_apart_by_digest(folder: Path) -> None:
+    job(folder / "a", config(), said())
+    job(folder / "b", config(prompt__instruction="很长" * 40), said())
+    names = list(read_experiment(folder).systems)
+    assert len(set(names)) == 2
+    assert all(len(name) < 50 for name in names)
+
+
+def test_missing_are_holes_of_the_grid_and_what_was_not_evaluated(folder: Path) -> None:
+    job(folder / "a", config(seed=0), said())
+    job(folder / "b", config(seed=1), said())
+    job(folder / "c", config(seed=0, ablation_name="no_erm"), said())
+    job(folder / "d", config(seed=1, ablation_name="no_ssc"), None, {"erm": {"stage": "erm"}})
+    missing = read_experiment(folder).missing
+    assert [(one.system, one.seed) for one in missing] == [("w/o SSC", 1), ("w/o ERM", 1)]
+    assert "d has no predictions.jsonl (last stage done: erm)" in missing[0].why
+    assert missing[1].why == "there is no run of this seed, and there is of others"
+    job(folder / "e", config(seed=1, erm__slots=9), None)
+    assert "ELMD, s = 9" in [one.system for one in read_experiment(folder).missing]
+    assert "ELMD" in read_experiment(folder).systems
+
+
+def sweep(folder: Path, *jobs: dict[str, Any]) -> None:
+    rest = {"status": "done", "stage": None, "error": None, "log": None, "seconds": 1.0}
+    text = json.dumps({"experiment": "demo", "jobs": [{**rest, **one} for one in jobs]})
+    (folder / "sweep.json").write_text(text, encoding="utf-8")
+
+
+def test_a_sweep_says_what_failed(folder: Path) -> None:
+    job(folder / "a", config(seed=0), said())
+    job(folder / "b", config(seed=1), said("旧的。"))  # of an earlier sweep: its job has failed since
+    job(folder / "d", config(ablation_name="no_v"), None)
+    common = ["experiment=demo", "data.path=/data"]
+    sweep(
+        folder,
+        {"job": "a", "overrides": [*common, "seed=0", "baseline=none"]},
+        {"job": "b", "overrides": [*common, "seed=1"], "status": "failed", "stage": "train", "log": "logs/b.log",
+         "error": "no GPU; get one."},
+        {"job": "c", "overrides": [*common, "seed=0", "baseline=livebot_tiny"], "status": "waiting"},
+        {"job": "d", "overrides": [*common, "seed=0", "ablation=no_v", "erm.slots=8", "threads=2"]},
+    )  # fmt: skip
+    found = read_experiment(folder)
+    assert [(run.system, run.seed) for run in found.runs] == [("ELMD", 0)]
+    assert found.missing == [
+        Missing("ELMD", 1, "failed in train: no GPU; get one.", folder / "logs" / "b.log"),
+        Missing("Livebot", 0, "waiting", None),
+        Missing("w/o V, s = 8", 0, "said to be done, but has no predictions", None),
+    ]
+
+
+def test_third_parties_join_on_the_same_samples(folder: Path, tmp_path: Path) -> None:
+    job(folder, config(), said())
+    theirs = tmp_path / "theirs.jsonl"
+    write_predictions(theirs, [Prediction(p.id, "嗯", p.reference) for p in reversed(said())])
+    found = read_experiment(folder, {"their system": theirs})
+    last = found.runs[-1]
+    assert (last.system, last.seed, last.folder, last.config, last.artifacts) == ("their system", None, None, {}, {})
+    with pytest.raises(DataError, match=r"theirs\.jsonl: 'ELMD' is a system of this experiment; give another name"):
+        read_experiment(folder, {"ELMD": theirs})
+    write_predictions(theirs, [Prediction(p.id, "嗯", p.reference) for p in said()[:2]])
+    with pytest.raises(DataError, match=r"theirs\.jsonl were not run on the same samples \(1 differ, e\.g\. 'd2#1'\)"):
+        read_experiment(folder, {"their system": theirs})
+    write_predictions(theirs, [Prediction(p.id, "嗯", p.reference + "啊") for p in said()])
+    with pytest.raises(DataError, match=r"not run on the same samples \(3 differ, e\.g\. 'd0#1'\)"):
+        read_experiment(folder, {"their system": theirs})
+
+
+def test_one_seed_twice_is_refused_and_one_file_twice_is_not(folder: Path) -> None:
+    job(folder / "a", config(), said())
+    job(folder / "b", config(), said())
+    with pytest.raises(DataError, match=r"ELMD with seed 0 is there twice, in .*/demo/a and in .*/demo/b; move one"):
+        read_experiment(folder)
+    (folder / "b" / "predictions.jsonl").unlink()
+    (folder / "b" / "predictions.jsonl").symlink_to(folder / "a" / "predictions.jsonl")
+    assert len(read_experiment(folder).runs) == 1
+
+
+def test_runs_on_other_samples_are_refused(folder: Path) -> None:
+    job(folder / "a", config(), said())
+    job(folder / "b", config(seed=1), said()[:2])
+    with pytest.raises(DataError, match="were not run on the same samples"):
+        read_experiment(folder)
+
+
+def test_nothing_to_read_says_what_to_run(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"demo: is no folder; name an experiment's folder"):
+        read_experiment(folder)
+    folder.mkdir(parents=True)
+    with pytest.raises(DataError, match=r"holds no run with predictions; run python -m elmd\.sweep experiment=demo"):
+        read_experiment(folder)
+    sweep(folder, {"job": "a", "overrides": ["seed=0"], "status": "failed", "stage": "train", "error": "no data"})
+    with pytest.raises(DataError, match=r"no run with predictions \(ELMD, seed 0: failed in train: no data\)"):
+        read_experiment(folder)
+    (folder / "sweep.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=r"sweep\.json: is not what elmd\.sweep writes"):
+        read_experiment(folder)
+    (folder / "sweep.json").unlink()
+    (folder / "artifacts.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(DataError, match=r"artifacts\.json: is not what elmd\.train writes"):
+        read_experiment(folder)
