@@ -207,8 +207,8 @@ def compare_systems(
     return Comparison(
         name=experiment.name,
         reference=reference,
-        data=first["data"]["name"],
-        split=first["generate"]["split"],
+        data=first["data"]["name"] if first else "unknown",
+        split=first["generate"]["split"] if first else "unknown",
         n=len(ids),
         rows=rows,
         tests=family,
@@ -395,6 +395,8 @@ def _marked(rows: Sequence[Row]) -> list[Row]:
 
 def _paper_tables(experiment: Experiment) -> list[PaperTable]:
     """The paper's tables that have these systems: Table 3 with ablations, Table 2 with baselines or the model alone."""
+    if not experiment.runs[0].config:  # files alone: what data they are of is not known
+        return []
     names = set(experiment.systems)
     dataset = paper_dataset(experiment.runs[0].config)
     two, three = paper_table("Table 2", dataset), paper_table("Table 3", "M3ED")

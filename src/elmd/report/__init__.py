@@ -1,0 +1,1 @@
+"""`python -m elmd.report`: what experiments found, as one HTML page that people read and as files of tables."""

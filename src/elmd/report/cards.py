@@ -1,0 +1,223 @@
+"""Cards: the data and its leaks, the prompt, decoding, seeds, versions; the table of runs; what failed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from pathlib import Path
+from typing import Any
+
+from elmd.evaluation.runs import Experiment, Missing, Run
+from elmd.report.blocks import Cell, Fold, Runs, Table, Text, Verbatim
+from elmd.report.links import Links
+from elmd.training.artifacts import MANIFEST, read_manifest
+from elmd.types import SPLITS
+
+#: Last lines of a failed job's log that the page shows.
+TAIL = 30
+
+#: Leaks that the index counts, as shares.
+LEAKS = {"gold_response": "r′ is the gold response", "own_dialogue": "r′ from the own dialogue"}
+
+PARTS = {
+    "instruction": "I, instruction",
+    "background": "B, background",
+    "turn": "H, a turn of the history",
+    "utterance": "u, utterance",
+    "video": "E_v, video slots",
+    "demonstration": "R, demonstration",
+    "rep": "what is asked for in REP",
+    "eerg": "what is asked for in EERG",
+    "reply": "what is asked for without an emotion (VisualGLM)",
+    "emotion_end": "between emotion and response in the target",
+}
+
+
+def runs(experiment: Experiment, links: Links) -> list[Any]:
+    """Every system's runs, a link to the manifest of each of their stages."""
+    rows: list[tuple[str, str, str, list[Cell]]] = []
+    for system, found in experiment.systems.items():
+        for i, run in enumerate(found):
+            made = [Cell(stage, links.to(folder / MANIFEST), folder.name) for stage, folder in run.artifacts.items()]
+            seed = "–" if run.seed is None else str(run.seed)
+            rows.append(
+                (links.anchor(system) if i == 0 else "", system, seed, [*made, Cell("predictions", links.to(run.path))])
+            )
+    return [Runs(rows)]
+
+
+def data(experiment: Experiment, main: Run, links: Links) -> list[Any]:
+    """What data there is, what became of it, and what test can know from train."""
+    if "prepare" not in main.artifacts:
+        return []
+    folder = main.artifacts["prepare"]
+    manifest, config = read_manifest(folder), main.config["data"]
+    counts, audit = manifest["counts"], json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+
+    def cell(value: Any) -> Cell:
+        return Cell(f"{value:,}", links.to(folder / MANIFEST))
+
+    blocks: list[Any] = [
+        Text(
+            f"{config['name']} (reader {config['reader']}), split by {config['split']}"
+            + (f", seed {config['split_seed']}" if config["split"] != "official" else "")
+            + f"; filters: {', '.join(config['filters']) or 'none'}. Read: "
+            + ", ".join(f"{counts[name]:,} {name}" for name in ("dialogues", "sentences", "turns", "pairs"))
+            + "."
+        ),
+        Table(
+            ["split", "samples", "with clip", "clip missing", "names no clip"],
+            [
+                [split, cell(counts["samples"][split]), *(cell(audit["clips"][split][k])
+                 for k in ("present", "missing", "none"))]
+                for split in SPLITS
+            ],
+            "Splits",
+        ),
+    ]  # fmt: skip
+    leaks: list[list[Cell | str]] = [
+        [f"dialogues in both {pair.replace('/', ' and ')}", cell(found["dialogues"]), ""]
+        for pair, found in audit["shared_dialogues"].items()
+    ]
+    for split, found in audit["responses_in_train"].items():
+        for kind, said in (("exact", "letter by letter"), ("normalised", "without punctuation and case")):
+            share = f"{100 * found[kind] / max(1, found['samples']):.1f} %"
+            leaks.append([f"{split} responses that are a response in train, {said}", cell(found[kind]), share])
+    if "index" in main.artifacts:
+        for split, row in read_manifest(main.artifacts["index"])["metrics"].items():
+            for key, said in LEAKS.items():
+                chance = f"by chance {100 * row[f'{key}_chance']:.2f} %" if f"{key}_chance" in row else "must be 0"
+                shown = links.cell(f"{100 * row[key]:.2f} %", main.system, [main.artifacts["index"]])
+                leaks.append([f"{split}: {said}", shown, chance])
+    blocks.append(Table(["what", "found", ""], leaks, f"Leaks that the audit looked for ({main.system})", prose=True))
+    lost = {**counts["dropped"], "clip missing, kept as text only": counts["text_only"]}
+    lost |= {f"{what}, e.g. {one['example']}": one["count"] for what, one in counts["notes"].items()}
+    skipped: list[list[Cell | str]] = [[what, cell(n)] for what, n in lost.items() if n]
+    blocks.append(
+        Table(["what", "times"], skipped, "Dropped, or odd but used", prose=True)
+        if skipped
+        else Text("No sample was dropped, and no line was odd.", "note")
+    )
+    emotions = counts["emotions"]
+    rows = [
+        [f"{split}, {whose}", *(f"{n:,}" for n in emotions[split][part].values())]
+        for split in SPLITS
+        for part, whose in (("utterance", "u"), ("response", "r"))
+    ]
+    blocks.append(Fold("Emotions by split", [Table(["", *emotions["train"]["utterance"]], rows)]))
+    return blocks
+
+
+def prompt(main: Run) -> list[Any]:
+    """The texts of the prompt that the model was trained with."""
+    file = main.artifacts.get("eerg", Path()) / "prompt.json"
+    parts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else main.config.get("prompt", {})
+    known = {name: parts[name] for name in PARTS if name in parts}
+    if not known:
+        return []
+    rows = [
+        [said, Cell(json.dumps(known[name], ensure_ascii=False)[1:-1])] for name, said in PARTS.items() if name in known
+    ]
+    blocks: list[Any] = [Table(["part, in this order", "text; fields in braces are filled in"], rows, prose=True)]
+    example = next((one.extra["prompt"] for one in main.predictions if isinstance(one.extra.get("prompt"), dict)), None)
+    if example is not None:
+        whole = "".join(str(text) for text in example.values())
+        blocks.append(Fold("One whole prompt", [Verbatim(f"Sample {main.predictions[0].id}", whole)]))
+    return blocks
+
+
+def decoding(experiment: Experiment) -> list[Any]:
+    """How responses were drawn, by system."""
+    rows = []
+    for name, found in experiment.systems.items():
+        told = found[0].config.get("generate")
+        if told is None:
+            rows.append([name, "not known", "–", "–", "–", "–", "–"])
+            continue
+        seeds = ", ".join(str(seed) for seed in told["seeds"])
+        trained = ", ".join(str(run.seed) for run in found)
+        rows.append(
+            [name, told["split"], f"{told['top_p']:g}", f"{told['temperature']:g}" + ("" if told["temperature"] else
+             " (greedy)"), str(told["max_new_tokens"]), seeds, trained]
+        )  # fmt: skip
+    columns = ["system", "split", "top-p", "temperature", "max new tokens", "decode seeds", "training seeds"]
+    return [Table(columns, rows)]
+
+
+def provenance(experiment: Experiment) -> list[Any]:
+    """Commits, versions and devices of everything that went into the runs."""
+    manifests = {folder: read_manifest(folder) for run in experiment.runs for folder in run.artifacts.values()}
+    if not manifests:
+        return []
+    commits: dict[str, Counter[str]] = {}
+    machines: dict[tuple[str, str, str], Counter[str]] = {}
+    for found in manifests.values():
+        git = found.get("git")
+        commit = "no git checkout" if git is None else git["commit"][:12] + (" (with changes)" if git["dirty"] else "")
+        commits.setdefault(commit, Counter())[found["stage"]] += 1
+        libraries = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        machine = (found["device"], str(found["world_size"]), libraries)
+        machines.setdefault(machine, Counter())[found["stage"]] += 1
+    seconds: Counter[str] = Counter()
+    number: Counter[str] = Counter()
+    for found in manifests.values():
+        seconds[found["stage"]] += found["wall_seconds"]
+        number[found["stage"]] += 1
+    rows = [[stage, str(number[stage]), f"{seconds[stage] / 60:.1f}"] for stage in number]
+    rows.append(["together", str(sum(number.values())), f"{sum(seconds.values()) / 60:.1f}"])
+    return [
+        Table(["commit", "made"], [[commit, _counted(stages)] for commit, stages in commits.items()], "Code",
+              ["“with changes”: the source tree had changes that no commit holds."]
+              if any("changes" in commit for commit in commits) else [], prose=True),
+        Table(["device", "processes", "versions", "made"],
+              [[*one, _counted(stages)] for one, stages in machines.items()], "Machine", prose=True),
+        Fold("Time by stage", [Table(["stage", "artifacts", "minutes"], rows)]),
+    ]  # fmt: skip
+
+
+def failures(experiment: Experiment) -> list[Any]:
+    """Missing jobs with their sentence and the end of their log, and clips that could not be used."""
+    blocks: list[Any] = []
+    if experiment.missing:
+        rows = [[one.system, "–" if one.seed is None else str(one.seed), Cell(one.why)] for one in experiment.missing]
+        blocks.append(Table(["system", "seed", "why"], rows, "Jobs that are missing from every table", prose=True))
+        blocks += [Fold(f"Log of {one.system}, seed {one.seed}: its end", [Verbatim(str(one.log), tail(one))])
+                   for one in experiment.missing if one.log is not None]  # fmt: skip
+    clips = {run.artifacts["features"] for run in experiment.runs if "features" in run.artifacts}
+    for folder in sorted(clips):
+        failed = json.loads((folder / "failed.json").read_text(encoding="utf-8"))
+        if failed:
+            rows = [
+                [Cell(str(one.get("clip") or one.get("features"))), str(len(one["samples"])), Cell(one["error"])]
+                for one in failed
+            ]
+            blocks.append(Table(["clip", "samples", "why"], rows, "Clips that could not be used", prose=True))
+    return blocks
+
+
+def odd(experiment: Experiment) -> list[Any]:
+    """Responses that are empty, name no emotion or did not end, by run; they count in every score."""
+    rows = []
+    for run in experiment.runs:
+        if "generate" not in run.artifacts:
+            continue
+        counts = run.manifest("generate")["counts"]
+        cells = [str(counts.get(key, "–")) for key in ("empty", "without_emotion_word", "cut_at_max_new_tokens")]
+        if any(one not in ("0", "–") for one in cells):
+            rows.append([run.system, str(run.seed), str(counts["predictions"]), *cells])
+    columns = ["system", "seed", "responses", "empty", "without emotion word", "cut at max new tokens"]
+    return [Fold("Odd responses (they count in every score)", [Table(columns, rows)])] if rows else []
+
+
+def tail(one: Missing) -> str:
+    """The last lines of a job's log."""
+    assert one.log is not None
+    try:
+        with one.log.open(encoding="utf-8", errors="replace") as file:
+            return "".join(deque(file, TAIL))
+    except OSError as error:
+        return f"(cannot be read: {error.strerror})"
+
+
+def _counted(stages: Counter[str]) -> str:
+    return ", ".join(stage if n == 1 else f"{n} × {stage}" for stage, n in stages.items())

@@ -1,0 +1,249 @@
+"""What trainings and responses looked like: curves, REP's confusion, vectors before and after ERM, distributions."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from elmd.errors import ElmdError
+from elmd.evaluation.runs import Experiment, Run
+from elmd.evaluation.significance import over_seeds
+from elmd.labels import EMOTIONS
+from elmd.log import logger
+from elmd.metrics.text import characters
+from elmd.report import svg
+from elmd.report.blocks import Cell, Fold, Plots, Table
+from elmd.report.links import Links
+
+#: Stages that train, in the order of the chain.
+TRAININGS = {
+    "erm": "ERM (emotional retrieval module, §3.3)",
+    "rep": "REP (response emotion prediction, §3.4)",
+    "eerg": "EERG (emotion-enhanced response generation, §3.4)",
+    "baseline": "Baselines (§4.2)",
+}
+
+#: Points of a drawn curve; single batches are noise, their running mean is what people look for.
+POINTS = 40
+
+Series = dict[str, tuple[list[int], list[float]]]
+
+
+def shared(runs: Iterable[Run], stage: str) -> dict[Path, list[Run]]:
+    """The runs that stand on each artifact of a stage: a sweep's jobs share what they can."""
+    found: dict[Path, list[Run]] = {}
+    for run in runs:
+        if stage in run.artifacts:
+            found.setdefault(run.artifacts[stage], []).append(run)
+    return found
+
+
+def owners(runs: Iterable[Run], stage: str) -> dict[tuple[str, ...], list[Path]]:
+    """Artifacts of a stage by the systems that use them: one training each, in several seeds."""
+    found: dict[tuple[str, ...], list[Path]] = {}
+    for folder, users in shared(runs, stage).items():
+        found.setdefault(tuple(dict.fromkeys(run.system for run in users)), []).append(folder)
+    return found
+
+
+def series(metrics: Path) -> Series:
+    """Steps and values of the loss and the validation metrics of a `metrics.jsonl`."""
+    found: Series = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        for key, value in entry.items():
+            if key == "loss" or key.startswith("valid/"):
+                steps, values = found.setdefault(key, ([], []))
+                steps.append(entry["step"])
+                values.append(value)
+    return found
+
+
+def smooth(steps: Sequence[int], values: Sequence[float], points: int = POINTS) -> tuple[list[float], list[float]]:
+    """Means of equal runs of steps, at most `points` of them."""
+    size = -(-len(values) // points)
+    parts = range(0, len(values), size)
+    return (
+        [sum(part) / len(part) for part in (steps[i : i + size] for i in parts)],
+        [sum(part) / len(part) for part in (values[i : i + size] for i in parts)],
+    )
+
+
+def curves(experiment: Experiment) -> list[Any]:
+    """Loss and validation metrics of every training, a line per seed."""
+    styles = {name: i for i, name in enumerate(experiment.systems)}
+    blocks: list[Any] = []
+    for stage, title in TRAININGS.items():
+        panels: dict[str, list[svg.Line]] = {}
+        legend = []
+        for systems, folders in owners(experiment.runs, stage).items():
+            style = styles[systems[0]]
+            legend.append((style, ", ".join(systems)))
+            for folder in folders:
+                if not (folder / "metrics.jsonl").is_file():
+                    continue
+                for key, (steps, values) in series(folder / "metrics.jsonl").items():
+                    panels.setdefault(key, []).append(svg.Line(systems[0], *smooth(steps, values), style))
+        if panels:
+            order = sorted(panels, key=lambda key: key.removeprefix("valid/") != "loss")  # the losses first
+            drawn = [svg.lines(key, panels[key], xlabel="step") for key in order]
+            note = f"Each line is one training (a seed). Longer series are means of at most {POINTS} runs of steps."
+            blocks.append(Plots(drawn, legend, title, note))
+    return blocks
+
+
+def rep(experiment: Experiment, main: str, links: Links) -> list[Any]:
+    """Accuracy of REP beside what needs no projector, and the main system's confusion matrix."""
+    rows, by_tag = [], []
+    for systems, folders in owners(experiment.runs, "rep").items():
+        found = [json.loads((folder / "rep.json").read_text(encoding="utf-8")) for folder in folders]
+        cells = [Cell(", ".join(systems)), str(len(folders))]
+        for kind, key in (("projector", "accuracy"), ("projector", "weighted_f1"), ("text_only", "accuracy")):
+            cells.append(links.cell(spread([one[f"test/{kind}"][key] for one in found]), systems[0], folders))
+        test = found[0]["test/projector"]
+        rows.append([*cells, f"{100 * test['majority']:.1f}", str(test["n"])])
+        for tag, first in found[0]["test/projector"]["tags"].items():
+            values = [spread([one[f"test/{kind}"]["tags"][tag]["accuracy"] for one in found])
+                      for kind in ("projector", "text_only")]  # fmt: skip
+            by_tag.append([f"{', '.join(systems)}: {tag}", *values, f"{100 * first['majority']:.1f}", str(first["n"])])
+    if not rows:
+        return []
+    blocks: list[Any] = [
+        Table(
+            ["projector trained for", "seeds", "accuracy, %", "weighted F1, %", "text only, %", "majority, %", "n"],
+            rows,
+            notes=[
+                "Test split. Text only: the same language model without video slots. Majority: the commonest class."
+            ],
+        )
+    ]
+    if by_tag:
+        blocks.append(
+            Fold("By tag of the utterance", [Table(["", "accuracy, %", "text only, %", "majority, %", "n"], by_tag)])
+        )
+    mine = {run.artifacts["rep"] for run in experiment.systems[main] if "rep" in run.artifacts}
+    if mine:
+        found = [json.loads((folder / "rep.json").read_text(encoding="utf-8")) for folder in sorted(mine)]
+        matrices = [one["test/projector"]["confusion"] for one in found]
+        blocks.append(confusion(matrices, f"Confusion of {main}'s projector, test", len(found)))
+    return blocks
+
+
+def confusion(matrices: Sequence[dict[str, Any]], title: str, seeds: int) -> Table:
+    """Counts summed over seeds; columns that nobody ever chose beside the known emotions are left out."""
+    rows, columns = matrices[0]["rows"], matrices[0]["columns"]
+    counts = [[sum(one["counts"][i][j] for one in matrices) for j in range(len(columns))] for i in range(len(rows))]
+    kept = [j for j, name in enumerate(columns) if name in rows or any(row[j] for row in counts)]
+    cells = [
+        [name, *(Cell(str(counts[i][j]), shade=counts[i][j] / max(1, sum(counts[i]))) for j in kept)]
+        for i, name in enumerate(rows)
+    ]
+    told = f"Counts{f', summed over {seeds} seeds' if seeds > 1 else ''}; shade: share of the row."
+    return Table(["gold \\ predicted", *(columns[j] for j in kept)], cells, title, [told])
+
+
+def vectors(experiment: Experiment, main: str, links: Links) -> tuple[list[Any], str]:
+    """t-SNE of the test utterances before and after ERM, from the first run that trained a retriever.
+
+    Returns:
+        Blocks, and why there are none.
+    """
+    runs = [*experiment.systems[main], *experiment.runs]
+    run = next((run for run in runs if "erm" in run.artifacts), None)
+    if run is None:
+        return [], "no run here has trained a retriever (erm)"
+    config = run.config["retriever"]
+    raw = run.artifacts.get("bootstrap/retriever", Path(config["path"] or ""))
+    if not raw.is_dir():
+        return [], f"the encoder that ERM began with, {config['path']}, is no folder on this machine"
+    split = run.config["generate"]["split"]
+    samples = [sample for sample in experiment.samples() if sample.split == split]
+    from elmd.report.embeddings import LIMIT, clouds
+
+    try:
+        found = clouds(run.artifacts["erm"] / "model", raw, samples, max_tokens=config["max_tokens"])
+    except (ElmdError, OSError) as error:  # a report without this picture is better than none
+        logger.warning("no t-SNE: %s", error)
+        return [], f"the retriever cannot be read: {error}"
+    pictures = [svg.points(name, places) for name, places in found.items()]
+    legend = [(i, emotion.value) for i, emotion in enumerate(EMOTIONS)]
+    shown = min(LIMIT, len(samples))
+    note = (
+        f"{shown} of {len(samples)} {split} utterances u of {run.system}, seed {run.seed}; colour and shape: emotion "
+        "of u. Each picture is laid out by itself (t-SNE, cosine, seed 0). Neighbourhoods mean something; distances "
+        "between groups, their sizes and their places do not. The table says how often the nearest training utterance "
+        "has the same emotion."
+    )
+    blocks: list[Any] = [Plots(pictures, legend, note=note, glyphs=True)]
+    matches = run.manifest("erm")["metrics"].get("emotion_match", {})
+    place = next((one for one in (split, "test", "valid") if one in matches), None)
+    if place is not None:
+        rows = [
+            [
+                key.replace("raw E_s", "E_s, untrained"),
+                *(
+                    links.cell(f"{100 * one[name]:.1f}", run.system, [run.artifacts["erm"]])
+                    for name in ("match@1", "match@5")
+                ),
+                links.cell(f"{one['mrr']:.3f}", run.system, [run.artifacts["erm"]]),
+                f"{100 * one['chance']:.1f}",
+            ]
+            for key, one in matches[place]["all"].items()
+        ]
+        columns = ["key", "emotion-match@1, %", "@5, %", "MRR", "chance, %"]
+        blocks.append(Table(columns, rows, f"Emotion-match, {place} ({run.system}, seed {run.seed})"))
+    return blocks, ""
+
+
+def lengths(experiment: Experiment) -> list[Any]:
+    """Lengths in characters of the gold and the generated responses, all seeds together."""
+    values: dict[str, list[float]] = {"gold": []}
+    gold = {one.id: one.reference for run in experiment.runs for one in run.predictions}
+    values["gold"] = [float(len(characters(text))) for text in gold.values()]
+    for name, runs in experiment.systems.items():
+        values[name] = [float(len(characters(one.hypothesis))) for run in runs for one in run.predictions]
+    note = "Box: quartiles and median; whiskers: 5th to 95th percentile; point: mean. White space is not counted."
+    return [Plots([svg.boxes("Length of the response", values, xlabel="characters")], title="Lengths", note=note)]
+
+
+def emotions(experiment: Experiment) -> list[Any]:
+    """Shares of the emotions: gold, and those that each system named."""
+    gold = {one.id: one.gold_emotion for run in experiment.runs for one in run.predictions}
+    named = {"gold": list(gold.values())} | {
+        name: [one.predicted_emotion for run in runs for one in run.predictions]
+        for name, runs in experiment.systems.items()
+    }
+    rows, silent = [], []
+    for name, found in named.items():
+        counts, known = Counter(found), sum(one is not None for one in found)
+        if not known:
+            silent.append(name)
+            continue
+        shares = [counts[emotion] / known for emotion in EMOTIONS]
+        none = (len(found) - known) / len(found)
+        rows.append(
+            [
+                name,
+                *(Cell(f"{100 * one:.1f}", shade=min(1, 2 * one)) for one in shares),
+                f"{100 * none:.1f}" if none else "–",
+            ]
+        )
+    if not rows:
+        return []
+    notes = ["Percent of the responses with a known emotion; the last column: responses that name none."]
+    if silent:
+        notes.append(f"{', '.join(silent)}: no emotion is named, so none is counted.")
+    return [Table(["", *(e.value for e in EMOTIONS), "none"], rows, "Emotions", notes)]
+
+
+def distributions(experiment: Experiment) -> list[Any]:
+    return [*lengths(experiment), *emotions(experiment)]
+
+
+def spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+    """A mean with its standard deviation over seeds, where there are several."""
+    found = over_seeds([scale * value for value in values])
+    return f"{found.mean:.{digits}f}" + ("" if found.sd is None else f" ± {found.sd:.{digits}f}")

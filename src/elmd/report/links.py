@@ -1,0 +1,54 @@
+"""Where the page's numbers come from: paths relative to it, ready for an `href`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from elmd.evaluation.runs import Experiment, Run
+from elmd.report.blocks import Cell
+from elmd.training.artifacts import MANIFEST
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Links of a page that lies in `folder`, for the numbers of one experiment.
+
+    A number that one artifact gave links to its manifest. A mean over several links to its system's row of the page's
+    table of runs, where the manifest of every run is linked.
+    """
+
+    folder: Path
+    number: int  # of the experiment on this page
+    systems: tuple[str, ...]
+
+    @classmethod
+    def of(cls, folder: Path, number: int, experiment: Experiment) -> Links:
+        return cls(folder, number, tuple(experiment.systems))
+
+    def to(self, path: Path) -> str:
+        """A relative, quoted address of a file."""
+        return quote(os.path.relpath(path.resolve(), self.folder.resolve()), safe="/=,+@")
+
+    def anchor(self, system: str) -> str:
+        """The id of a system's row in the table of runs."""
+        return f"runs-{self.number}-{self.systems.index(system)}"
+
+    def run(self, run: Run) -> str:
+        """The manifest of what generated a run's predictions; a third party's predictions themselves."""
+        return self.to(run.artifacts["generate"] / MANIFEST if "generate" in run.artifacts else run.path)
+
+    def cell(self, text: str, system: str, artifacts: Sequence[Path]) -> Cell:
+        """A number of a system, made from these artifacts."""
+        if len(artifacts) == 1:
+            return Cell(text, self.to(artifacts[0] / MANIFEST))
+        return Cell(text, f"#{self.anchor(system)}", f"mean of {len(artifacts)} runs")
+
+    def score(self, text: str, system: str, runs: Sequence[Run]) -> Cell:
+        """A score of a system over its runs."""
+        if len(runs) == 1:
+            return Cell(text, self.run(runs[0]))
+        return Cell(text, f"#{self.anchor(system)}", f"mean of {len(runs)} runs")
