@@ -17,6 +17,7 @@ from elmd.metrics.text import characters
 from elmd.report import svg
 from elmd.report.blocks import Cell, Fold, Plots, Table
 from elmd.report.links import Links
+from elmd.training.plots import series
 
 #: Stages that train, in the order of the chain.
 TRAININGS = {
@@ -28,8 +29,6 @@ TRAININGS = {
 
 #: Points of a drawn curve; single batches are noise, their running mean is what people look for.
 POINTS = 40
-
-Series = dict[str, tuple[list[int], list[float]]]
 
 
 def shared(runs: Iterable[Run], stage: str) -> dict[Path, list[Run]]:
@@ -46,19 +45,6 @@ def owners(runs: Iterable[Run], stage: str) -> dict[tuple[str, ...], list[Path]]
     found: dict[tuple[str, ...], list[Path]] = {}
     for folder, users in shared(runs, stage).items():
         found.setdefault(tuple(dict.fromkeys(run.system for run in users)), []).append(folder)
-    return found
-
-
-def series(metrics: Path) -> Series:
-    """Steps and values of the loss and the validation metrics of a `metrics.jsonl`."""
-    found: Series = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        for key, value in entry.items():
-            if key == "loss" or key.startswith("valid/"):
-                steps, values = found.setdefault(key, ([], []))
-                steps.append(entry["step"])
-                values.append(value)
     return found
 
 

@@ -6,30 +6,39 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+#: By name: steps and values.
+Series = dict[str, tuple[list[int], list[float]]]
+
+
+def series(metrics: Path) -> Series:
+    """What a reader would look at in a `metrics.jsonl`: the loss and the validation metrics."""
+    found: Series = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        for key, value in entry.items():
+            if key == "loss" or key.startswith("valid/"):
+                steps, values = found.setdefault(key, ([], []))
+                steps.append(entry["step"])
+                values.append(value)
+    return found
+
 
 def curves(metrics: Path, out: Path, *, title: str) -> None:
-    """Draw every column of a `metrics.jsonl` that a reader would look at: loss and the validation metrics."""
+    """Draw the series of a `metrics.jsonl`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    for line in metrics.read_text().splitlines():
-        entry = json.loads(line)
-        for key, value in entry.items():
-            if key == "loss" or key.startswith("valid/"):
-                steps, values = series.setdefault(key, ([], []))
-                steps.append(entry["step"])
-                values.append(value)
-    columns = min(4, max(1, len(series)))
-    rows = -(-max(1, len(series)) // columns)
+    found = series(metrics)
+    columns = min(4, max(1, len(found)))
+    rows = -(-max(1, len(found)) // columns)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False, constrained_layout=True
     )
-    for axis in axes.flat[len(series) :]:
+    for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
-    for axis, (key, (steps, values)) in zip(axes.flat, series.items(), strict=False):
+    for axis, (key, (steps, values)) in zip(axes.flat, found.items(), strict=False):
         few = len(steps) < 40
         axis.plot(steps, values, marker="o" if few else None, markersize=3, alpha=1 if few else 0.3)
         if not few:  # the loss of single batches is noise; its running mean is what people look for
