@@ -27,6 +27,7 @@ HOMES = {
     "then vision.path=DST",
     "blip2": "download huggingface.co/Salesforce/blip2-opt-2.7b, then vision.path=FOLDER; or give the hub id itself",
     "m3e_base": "download huggingface.co/moka-ai/m3e-base, then retriever.path=FOLDER; or give the hub id itself",
+    "resnet": "download huggingface.co/microsoft/resnet-18, then baseline.resnet=FOLDER; or give the hub id itself",
     "m3ed": "get it from github.com/AIM3-RUC/RUCM3ED, then data.path=FOLDER",
     "cped": "get it from github.com/scutcyr/CPED, then data.path=FILE.csv",
 }
