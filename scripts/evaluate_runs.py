@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed[name] = str(error)
     folders = [folder for path in paths if path.is_dir() for folder in experiments(path)]
     failed |= compare(list(dict.fromkeys(folders)), others, protocols, args.out)
-    written = write_tables(args.out, scores, title="Evaluated runs", failed=failed)
+    written = write_tables(args.out, scores, title="Evaluated runs", failed=failed) if scores else []
     for group in GROUPS:
         columns, rows = group_table(scores, group)
         if rows and group in protocols:
@@ -160,7 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, why in failed.items():
         log.logger.error("%s could not be scored: %s", name, why)
     log.logger.info(
-        "%d scored, %d could not be scored; wrote %s", len(scores), len(failed), ", ".join(map(str, written))
+        "%d scored, %d could not be scored; wrote %s",
+        len(scores),
+        len(failed),
+        ", ".join(map(str, written)) or "nothing",
     )
     return 1 if failed else 0
 

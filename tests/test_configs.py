@@ -115,6 +115,7 @@ def test_ablations_survive_what_an_experiment_sets(ablation: str, tmp_path: Path
             "both losses of eq. 4 have weight 0",
         ),
         (["vision.sampling=random"], "vision.frames: sampling=random takes one frame, not 4; set vision.frames=1"),
+        (["baseline=dialogpt_tiny", "stage=rep"], "stage: baseline=dialogpt has no stage rep; use stage=baseline"),
         (["vision.kind=resnet"], "vision.kind: ResNet's features are for Livebot"),
         (["generate.seeds=[]"], "generate.seeds: there is no seed to decode with; use [0], or several."),
     ],

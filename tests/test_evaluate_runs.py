@@ -181,5 +181,4 @@ def test_wrong_arguments(main: Callable[[list[str]], int], capsys: pytest.Captur
 
 def test_nothing_could_be_scored(main: Callable[[list[str]], int], tmp_path: Path) -> None:
     assert main([str(tmp_path / "nowhere.jsonl"), "--out", str(tmp_path / "out")]) == 1
-    assert "## Could not be scored\n\n- nowhere: " in (tmp_path / "out" / "scores.md").read_text(encoding="utf-8")
-    assert (tmp_path / "out" / "scores.csv").read_text(encoding="utf-8") == "system,n\n"
+    assert not (tmp_path / "out").exists()

@@ -82,7 +82,7 @@ def test_what_varies_becomes_part_of_the_name(folder: Path) -> None:
         job(folder / f"s{slots}", config(erm__slots=slots, threads=slots, eerg__micro_tokens=slots), said())
     assert list(read_experiment(folder).systems) == ["ELMD, s = 2", "ELMD, s = 4", "ELMD, s = 16"]
     job(folder / "other", config(ablation_name="no_ert", erm__slots=4, erm__emotion_weight=0.0), said())
-    assert list(read_experiment(folder).systems)[-1] == "w/o ERT"  # what an ablation sets is its own
+    assert list(read_experiment(folder).systems)[-1] == "w/o ERT, s = 4"  # what an ablation sets is its own
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,18 @@ def test_long_values_are_told_apart_by_digest(folder: Path) -> None:
     names = list(read_experiment(folder).systems)
     assert len(set(names)) == 2
     assert all(len(name) < 50 for name in names)
+
+
+def test_settings_that_are_mixed_are_told_of_every_system(folder: Path) -> None:
+    job(folder / "a", config(eerg__steps=10), said())
+    job(folder / "b", config(eerg__steps=20), said())
+    job(folder / "c", config(ablation_name="no_erm", eerg__steps=20), said())
+    job(folder / "d", config(baseline__name="dialogpt", eerg__steps=20), said())
+    found = read_experiment(folder)
+    assert set(found.systems) == {
+        "DialoGPT", "ELMD, eerg.steps=10", "ELMD, eerg.steps=20", "w/o ERM, eerg.steps=20",
+    }  # fmt: skip
+    assert any(note.startswith("Runs of several settings are mixed here (ELMD, eerg.steps=10") for note in found.notes)
 
 
 def test_missing_are_holes_of_the_grid_and_what_was_not_evaluated(folder: Path) -> None:
@@ -144,8 +156,8 @@ def test_a_sweep_says_what_failed(folder: Path) -> None:
     assert [(run.system, run.seed) for run in found.runs] == [("ELMD", 0)]
     assert found.missing == [
         Missing("ELMD", 1, "failed in train: no GPU; get one.", folder / "logs" / "b.log"),
-        Missing("Livebot", 0, "waiting", None),
-        Missing("w/o V, s = 8", 0, "said to be done, but has no predictions", None),
+        Missing("Livebot", 0, "not begun; run the sweep again to go on", None),
+        Missing("w/o V, s = 8", 0, "said to be done, but has no predictions; run the sweep again", None),
     ]
 
 
@@ -159,10 +171,10 @@ def test_third_parties_join_on_the_same_samples(folder: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match=r"theirs\.jsonl: 'ELMD' is a system of this experiment; give another name"):
         read_experiment(folder, {"ELMD": theirs})
     write_predictions(theirs, [Prediction(p.id, "嗯", p.reference) for p in said()[:2]])
-    with pytest.raises(DataError, match=r"theirs\.jsonl were not run on the same samples \(1 differ, e\.g\. 'd2#1'\)"):
+    with pytest.raises(DataError, match=r"theirs\.jsonl were not run on the same samples \(1 are in one only, e\.g\. 'd2#1'\)"):
         read_experiment(folder, {"their system": theirs})
     write_predictions(theirs, [Prediction(p.id, "嗯", p.reference + "啊") for p in said()])
-    with pytest.raises(DataError, match=r"not run on the same samples \(3 differ, e\.g\. 'd0#1'\)"):
+    with pytest.raises(DataError, match=r"have different references for 3 samples, e\.g\. 'd0#1'"):
         read_experiment(folder, {"their system": theirs})
 
 
@@ -187,7 +199,7 @@ def test_nothing_to_read_says_what_to_run(folder: Path) -> None:
     with pytest.raises(DataError, match=r"demo: is no folder; name an experiment's folder"):
         read_experiment(folder)
     folder.mkdir(parents=True)
-    with pytest.raises(DataError, match=r"holds no run with predictions; run python -m elmd\.sweep experiment=demo"):
+    with pytest.raises(DataError, match=r"holds no run with predictions; name runs/experiments/<name> after"):
         read_experiment(folder)
     sweep(folder, {"job": "a", "overrides": ["seed=0"], "status": "failed", "stage": "train", "error": "no data"})
     with pytest.raises(DataError, match=r"no run with predictions \(ELMD, seed 0: failed in train: no data\)"):

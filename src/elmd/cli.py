@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 #: Bytes of a sweep job's name that are spelt out in its folder's name.
 LONGEST = 120
+#: What most sweeps vary: such parts of a name come first where it is cut.
+AXES = ("ablation=", "baseline=", "seed=")
 
 Action = Callable[[Config, "Accelerator"], None]
 
@@ -189,7 +191,11 @@ def experiment_folder(cfg: Config) -> Path:
 
 def job_name(job: str) -> str:
     """The folder of a job: file systems take names of 255 bytes, and what does not fit is told apart by its digest."""
-    return job if len(job.encode()) <= LONGEST else f"{job.encode()[:LONGEST].decode(errors='ignore')}…{digest(job)}"
+    if len(job.encode()) <= LONGEST:
+        return job
+    # What a reader looks for must not fall into the part that is cut.
+    parts = sorted(job.split(","), key=lambda part: not part.startswith(AXES))
+    return f"{','.join(parts).encode()[:LONGEST].decode(errors='ignore')}…{digest(job)}"
 
 
 def register() -> None:

@@ -467,6 +467,13 @@ def check(cfg: Config) -> None:
             where="bootstrap.text",
             fix="set bootstrap.text=tiny, or choose data=cped, m3ed or jsonl",
         )
+    own = (StageName.prepare, StageName.features, StageName.bootstrap, StageName.baseline, StageName.all)
+    if cfg.baseline.name.own_model and cfg.stage not in own:
+        raise ConfigError(
+            f"baseline={cfg.baseline.name} has no stage {cfg.stage.value}",
+            where="stage",
+            fix="use stage=baseline, or leave it out",
+        )
     for name, group, used in (
         ("llm", cfg.llm, not cfg.baseline.name.own_model),
         ("vision", cfg.vision, cfg.vision.kind is VisionKind.encoder),

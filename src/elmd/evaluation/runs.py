@@ -28,6 +28,10 @@ FULL = "ELMD"
 #: arranged as VisualGLM, on another backbone, must not pass for it.
 BASELINES = {"livebot": "Livebot", "dialogpt": "DialoGPT", "visualglm": "VisualGLM-style"}
 
+#: Baselines that are networks of their own, and the keys that are ELMD's and nothing to them.
+NETWORKS = ("livebot", "dialogpt")
+ELMDS_OWN = ("llm.", "retriever.", "prompt.", "bootstrap.", "erm.", "rep.", "eerg.")
+
 #: Ablations by `ablation_name`, in Table 3's order.
 ABLATIONS = {"no_erm": "w/o ERM", "no_ert": "w/o ERT", "no_ssc": "w/o SSC", "no_v": "w/o V", "no_rep": "w/o REP"}
 
@@ -122,6 +126,12 @@ class Experiment:
                 "VisualGLM-style: ELMD's parts arranged as the paper's VisualGLM (one random frame, no retrieval, no "
                 "REP), on the language model of this experiment and not on ChatGLM-6B."
             )
+        full = {run.system for run in own if (_baseline(run.config), _ablation(run.config)) == ("none", "none")}
+        if len(full) > 1 and len({(_baseline(run.config), _ablation(run.config)) for run in own}) > 1:
+            found.append(
+                f"Runs of several settings are mixed here ({', '.join(sorted(full))}), and all systems are tested "
+                "against one of them: give each setting an experiment_name of its own."
+            )
         if any(_ablation(run.config) == "no_v" for run in own):
             found.append("w/o V has no REP either: read it beside w/o REP.")
         return found
@@ -169,7 +179,7 @@ def read_experiment(folder: Path, others: Mapping[str, Path] = {}) -> Experiment
     swept = _sweep(folder)
     unfinished = {folder / one["job"]: one for one in swept or () if one["status"] != "done"}
     done = [job for job in jobs if job.evaluated and job.folder not in unfinished]
-    varied = {kind: _varied([job.config for job in done if job.kind == kind]) for kind in {job.kind for job in done}}
+    varied = _labels(done)
     runs = _unique([job.run(varied[job.kind]) for job in done])
     missing = _not_done(folder, swept or [])
     missing += [
@@ -178,12 +188,12 @@ def read_experiment(folder: Path, others: Mapping[str, Path] = {}) -> Experiment
         if not job.evaluated and job.folder not in {folder / one["job"] for one in swept or ()}
     ]
     if not runs:
-        name = folder.absolute().name
         first = f" ({missing[0].system}, seed {missing[0].seed}: {missing[0].why})" if missing else ""
         raise DataError(
-            f"holds no run with predictions{first}", where=folder,
-            fix=f"run python -m elmd.sweep experiment={name}, or elmd.train and then elmd.evaluate",
-        )  # fmt: skip
+            f"holds no run with predictions{first}",
+            where=folder,
+            fix="name runs/experiments/<name> after elmd.sweep, or after elmd.train and elmd.evaluate",
+        )
     if swept is None:
         known = {(run.system, run.seed) for run in runs} | {(one.system, one.seed) for one in missing}
         names, seeds = dict.fromkeys(run.system for run in runs), sorted({run.seed or 0 for run in runs})
@@ -281,18 +291,25 @@ def _not_done(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> list[Missing]:
             "ablation_name": chosen.get("ablation", "none"),
         }
         labels = [_label(key, chosen[key]) for key in labelled if key in chosen]
-        stage = f" in {one['stage']}" if one.get("stage") else ""
-        said = f": {one['error']}" if one.get("error") else ""
-        state = "said to be done, but has no predictions" if one["status"] == "done" else one["status"]
         found.append(
             Missing(
                 ", ".join([system_name(config), *labels]),
                 int(chosen.get("seed", 0)),
-                f"{state}{stage}{said}",
+                _state(one),
                 folder / one["log"] if one.get("log") else None,
             )
         )
     return found
+
+
+def _state(job: Mapping[str, Any]) -> str:
+    """Why a job of a sweep is not in the tables, in words."""
+    stage = f" in {job['stage']}" if job.get("stage") else ""
+    if job["status"] == "waiting":
+        return f"{'stopped' + stage if stage else 'not begun'}; run the sweep again to go on"
+    if job["status"] == "done":
+        return "said to be done, but has no predictions; run the sweep again"
+    return f"{job['status']}{stage}" + (f": {job['error']}" if job.get("error") else "")
 
 
 def _override(text: str) -> tuple[str, str]:
@@ -327,6 +344,19 @@ def _check_comparable(runs: Sequence[Run]) -> None:
     references = references_of(first.predictions)
     for run in rest:
         check_same(references, references_of(run.predictions), str(first.path), str(run.path))
+
+
+def _labels(jobs: Sequence[_Job]) -> dict[tuple[str, str], list[str]]:
+    """By kind of system, the keys that its runs' names must tell.
+
+    A key in which the runs of any kind differ is told of all kinds that read it: w/o ERM of one setting must not pass
+    for that of another. What differs between kinds alone is what makes them different systems.
+    """
+    kinds = {job.kind: [one.config for one in jobs if one.kind == job.kind] for job in jobs}
+    keys = dict.fromkeys(key for configs in kinds.values() for key in _varied(configs))
+    return {
+        kind: [key for key in keys if kind[0] not in NETWORKS or not key.startswith(ELMDS_OWN)] for kind in kinds
+    }
 
 
 def _varied(configs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -210,10 +210,12 @@ def check_same(first: dict[str, str], second: dict[str, str], name: str, other: 
     Raises:
         DataError: they differ.
     """
-    odd = sorted(id_ for id_ in first.keys() | second.keys() if first.get(id_) != second.get(id_))
-    if odd:
-        what = f"{name} and {other} were not run on the same samples ({len(odd)} differ, e.g. {odd[0]!r})"
+    if alone := sorted(first.keys() ^ second.keys()):
+        what = f"{name} and {other} were not run on the same samples ({len(alone)} are in one only, e.g. {alone[0]!r})"
         raise DataError(what, fix="score them on one split of one data set")
+    if odd := sorted(id_ for id_ in first if first[id_] != second[id_]):
+        what = f"{name} and {other} have different references for {len(odd)} samples, e.g. {odd[0]!r}"
+        raise DataError(what, fix="score them on one split of one data set, letter by letter")
 
 
 def random_floor(predictions: Sequence[Prediction], responses: Sequence[str], seed: int = 0) -> list[Prediction]:
