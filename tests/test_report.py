@@ -48,6 +48,7 @@ class Page(HTMLParser):
         self.loaded: list[str] = []
         self.attributes: list[str] = []
         self.cases: list[dict[str, str | None]] = []
+        self.choices: list[str] = []
         self.text = ""
         self.feed(text)
 
@@ -68,6 +69,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self.tags and self.tags[-1] == "option" and data.strip():
+            self.choices.append(data)
 
 
 def samples() -> list[Sample]:
@@ -172,16 +175,18 @@ def experiment(runs: Path, name: str, jobs: dict[tuple[str, int], int], **change
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two systems in two seeds, and a failed job of a third."""
+    """Two systems in two seeds, a failed job of a third, and one that has not begun."""
     root = tmp_path_factory.mktemp("runs")
     folder = experiment(root, "table", {("none", 0): 0, ("none", 1): 1, ("no_rep", 0): 2, ("no_rep", 1): 3})
     (folder / "logs").mkdir()
     (folder / "logs" / "v.log").write_text("step 1\nerror: " + EVIL + "\n")
     job = {"job": "ablation=no_v,seed=0", "overrides": ["ablation=no_v", "seed=0"], "status": "failed",
            "stage": "train", "error": f"the disk is full {EVIL}.", "log": "logs/v.log", "seconds": 3}  # fmt: skip
+    waiting = {"job": "ablation=no_erm,seed=0", "overrides": ["ablation=no_erm", "seed=0"], "status": "waiting",
+               "log": "logs/erm.log"}  # fmt: skip
     done = [{"job": f"ablation={a},seed={s}", "overrides": [f"ablation={a}", f"seed={s}"], "status": "done"}
             for a in ("none", "no_rep") for s in (0, 1)]  # fmt: skip
-    (folder / "sweep.json").write_text(json.dumps({"experiment": "table", "jobs": [*done, job]}))
+    (folder / "sweep.json").write_text(json.dumps({"experiment": "table", "jobs": [*done, job, waiting]}))
     return root
 
 
@@ -203,7 +208,7 @@ def page(html: str) -> Page:
 
 
 def test_sections(page: Page) -> None:
-    expected = ["summary", "tables", "training", "rep", "distributions", "cases", "failed", "data", "prompt",
+    expected = ["summary", "tables", "training", "rep", "distributions", "cases", "missing", "data", "prompt",
                 "decoding", "provenance", "runs", "left-out"]  # fmt: skip
     assert [one for one in page.ids if one in {*expected, "human", "sweeps", "vectors"}] == expected
     assert "Human evaluation: no study is given (--human DIR)" in page.text
@@ -265,9 +270,14 @@ def test_numbers_are_those_of_the_comparison_and_link_to_their_runs(runs: Path, 
 
 
 def test_missing_jobs_are_named_with_their_reason_and_log(page: Page) -> None:
-    assert "Not in these tables, because their jobs are missing (why: under What failed): w/o V, seed 0" in page.text
+    assert (
+        "Not in these tables, because their jobs are missing (why: under What is missing): w/o V, seed 0" in page.text
+    )
     assert "failed in train: the disk is full" in page.text
     assert "step 1\nerror:" in page.text
+    assert re.search(r"w/o ERM\s*0\s*not begun", page.text)
+    assert "2 jobs are missing" in page.text
+    assert "cannot be read" not in page.text, "a job that has not begun has no log"
 
 
 def test_data_card_shows_leaks_and_what_was_dropped(page: Page) -> None:
@@ -295,6 +305,35 @@ def test_cases_carry_what_the_filters_read(page: Page, runs: Path) -> None:
     differ = ["data-differ" in case for case in page.cases]
     assert differ == [len({one[id_].predicted_emotion for one in said}) > 1 for id_ in shown]
     assert len(set(differ)) == 2
+
+
+def test_filters_offer_only_what_can_be_found(page: Page, tmp_path: Path) -> None:
+    named = ["ELMD ≠ gold", "w/o REP ≠ gold", "<b>Their's</b> ≠ gold"]
+    assert page.choices[-6:] == ["all cases", "systems name different emotions", "some system ≠ gold", *named]
+    silent = tmp_path / "silent.jsonl"
+    write_predictions(silent, [replace(one, predicted_emotion=None) for one in predictions(1)])
+    write_predictions(tmp_path / "naming.jsonl", predictions(2))
+    out = report([f"silent={silent}", f"naming={tmp_path / 'naming.jsonl'}"], cases=5)
+    choices = Page((out / "report.html").read_text(encoding="utf-8")).choices
+    assert choices[-2:] == ["all cases", "naming ≠ gold"]
+    out = report([f"silent={silent}"], cases=5)
+    assert "all cases" not in Page((out / "report.html").read_text(encoding="utf-8")).choices
+
+
+def test_the_spread_of_floors_is_told_apart(page: Page) -> None:
+    told = "training seeds (of the random floor over its draws; of retrieval only over the retrievers of those seeds)"
+    assert told in page.text
+    assert "over samples, of the mean over all of them" in page.text
+
+
+def test_styles_go_with_the_system_and_not_with_the_report() -> None:
+    first = findings.styles(["Livebot", "ELMD", "theirs"], "ELMD")
+    second = findings.styles(["ELMD", "w/o REP"], "ELMD")
+    assert first["ELMD"] == second["ELMD"] == 0
+    assert findings.styles(["ELMD, s = 1", "ELMD, s = 4"], "ELMD, s = 4")["ELMD, s = 4"] == 0
+    assert first["Livebot"] == findings.styles(["Livebot", "DialoGPT"], "Livebot")["Livebot"] == 1
+    assert first["theirs"] == len(second), "after all that are known"
+    assert len(set(first.values())) == len(first)
 
 
 def test_headline_claims_no_more_than_the_tests() -> None:
@@ -378,8 +417,10 @@ def test_human_evaluation(tmp_path: Path) -> None:
     assert re.search(r"ELMD\s*4\.125\[3\.90, 4\.30\]\s*4\.13", page.text), "ours, then Table 4's"
     assert re.search(r"R1, raters 1 and 2\s*0\.41\[0\.20, 0\.60\]\s*–", page.text)
     assert (out / "human.tex").read_text() == "table"
-    with pytest.raises(DataError, match="holds no scored study"):
-        report([str(folder)], human=folder, out=tmp_path / "none", cases=0)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "human.json").write_text("{")
+    with pytest.raises(DataError, match=r"human\.json: cannot be read"):
+        report([str(folder)], human=tmp_path / "broken", out=tmp_path / "none", cases=0)
     assert not (tmp_path / "none").exists(), "nothing half-written"
 
 
@@ -389,6 +430,8 @@ def test_human_evaluation(tmp_path: Path) -> None:
         (["nowhere"], "nowhere: is no folder; name an experiment's folder, or NAME=FILE."),
         (["a=x.jsonl", "a=y.jsonl"], "a=y.jsonl: the name 'a' is given twice; give another name."),
         (["a=nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+        (["nowhere", "--human", "study"], "study: no such folder; name a study that"),  # before anything is read
+        (["nowhere", "--human", "."], ".: holds no human.json; run python -m elmd.human score first."),
     ],
 )
 def test_bad_arguments_end_in_one_sentence(
@@ -436,6 +479,16 @@ def test_confusion_sums_seeds_and_shades_by_row() -> None:
     assert list(table.columns[1:]) == ["Happy", "Sad"]
     assert [(cell.text, cell.shade) for cell in table.rows[0][1:]] == [("2", 0.25), ("6", 0.75)]
     assert table.rows[1][1].shade == 0
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_an_untrained_retriever_is_told(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = experiment(tmp_path, "one", {("none", 0): 0}, retriever__path=str(tmp_path))
+    lay(tmp_path, "erm", "e", {}, metrics={"best_step": step})
+    monkeypatch.setattr("elmd.report.embeddings.clouds", lambda *_, **__: {"e_u": {"Happy": [(0.0, 1.0)]}})
+    found = read_experiment(folder)
+    (plots,), _ = findings.vectors(found, "ELMD", Links.of(tmp_path, 0, found))
+    assert ("best checkpoint on valid was the untrained one" in plots.note) == (step == 0)
 
 
 def test_vectors_before_and_after_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ def test_third_parties_join_on_the_same_samples(folder: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match=r"theirs\.jsonl: 'ELMD' is a system of this experiment; give another name"):
         read_experiment(folder, {"ELMD": theirs})
     write_predictions(theirs, [Prediction(p.id, "嗯", p.reference) for p in said()[:2]])
-    with pytest.raises(DataError, match=r"theirs\.jsonl were not run on the same samples \(1 are in one only, e\.g\. 'd2#1'\)"):
+    with pytest.raises(DataError, match=r"theirs\.jsonl were not run on the same samples \(1 are in one only"):
         read_experiment(folder, {"their system": theirs})
     write_predictions(theirs, [Prediction(p.id, "嗯", p.reference + "啊") for p in said()])
     with pytest.raises(DataError, match=r"have different references for 3 samples, e\.g\. 'd0#1'"):

@@ -32,8 +32,9 @@ NONE = "–"
 
 #: How to read the tables, below each set of them.
 LEGEND = (
-    "Scores: mean ± standard deviation over training seeds; in brackets the 95 % bootstrap interval over samples, all "
-    "seeds of a sample taken together. Bold: the best system, floors left out.",
+    "Scores: mean ± standard deviation over training seeds (the random floor's over its draws, retrieval only's over "
+    "the retrievers of those seeds); in brackets the 95 % bootstrap interval over samples, all seeds of a sample taken "
+    "together. Bold: the best system, floors left out.",
     "°: within noise of the reference, or n too small to say. †: a floor is as good or better.",
     "p: paired permutation (means over samples) or paired bootstrap (BLEU, chrF, F1), after Holm over all tests of the "
     "table. p of seeds: Welch's t over training seeds, not corrected; with three seeds it sees only differences of "

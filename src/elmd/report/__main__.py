@@ -65,10 +65,12 @@ def report(what: Sequence[str], *, human: Path | None = None, out: Path | None =
     from elmd.evaluation.comparison_tables import write_comparison
     from elmd.report.links import Links
     from elmd.report.page import Part, render, sections
+    from elmd.report.results import Study
     from elmd.training.artifacts import write_text
 
     started = time.monotonic()
     transformers.utils.logging.disable_progress_bar()
+    study = None if human is None else Study.read(human)
     given = group(what)
     first = given[0].folder or next(iter(given[0].others.values())).parent
     folder = out or first / "report"
@@ -78,21 +80,21 @@ def report(what: Sequence[str], *, human: Path | None = None, out: Path | None =
         logger.info("scoring %d predictions files of %s", len(experiment.runs), experiment.name)
         comparison = compare_systems(experiment, reference_of(experiment))
         parts.append(Part(experiment, comparison, Links.of(folder, number, experiment)))
-    found = sections(parts, human, cases)
+    found = sections(parts, study, cases)
     for section in found:
         if not section.blocks:
             logger.info("left out: %s (%s)", section.title, section.absent)
     title = "Report: " + ", ".join(part.experiment.name for part in parts)
     text = render(title, found)
-    failed = [section for section in found if section.id == "failed" and section.blocks]
+    missing = [section for section in found if section.id == "missing" and section.blocks]
     for part in parts:
         write_comparison(folder, part.comparison, title=part.experiment.name, stem=part.experiment.name)
     if human is not None:
         for ending in ("md", "csv", "tex"):
             shutil.copy(human / f"human.{ending}", folder)
     (folder / ERRORS).unlink(missing_ok=True)
-    if failed:
-        write_text(folder / ERRORS, render(f"What failed: {title.removeprefix('Report: ')}", failed))
+    if missing:
+        write_text(folder / ERRORS, render(f"What is missing: {title.removeprefix('Report: ')}", missing))
     write_text(folder / PAGE, text)
     seconds = time.monotonic() - started
     logger.info("%s: %.1f MB, in %.0f s", folder / PAGE, len(text.encode()) / 1e6, seconds)

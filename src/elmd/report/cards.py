@@ -175,14 +175,14 @@ def provenance(experiment: Experiment) -> list[Any]:
     ]  # fmt: skip
 
 
-def failures(experiment: Experiment) -> list[Any]:
+def missing(experiment: Experiment) -> list[Any]:
     """Missing jobs with their sentence and the end of their log, and clips that could not be used."""
     blocks: list[Any] = []
     if experiment.missing:
         rows = [[one.system, "–" if one.seed is None else str(one.seed), Cell(one.why)] for one in experiment.missing]
         blocks.append(Table(["system", "seed", "why"], rows, "Jobs that are missing from every table", prose=True))
         blocks += [Fold(f"Log of {one.system}, seed {one.seed}: its end", [Verbatim(str(one.log), tail(one))])
-                   for one in experiment.missing if one.log is not None]  # fmt: skip
+                   for one in experiment.missing if one.log is not None and one.log.is_file()]  # fmt: skip
     clips = {run.artifacts["features"] for run in experiment.runs if "features" in run.artifacts}
     for folder in sorted(clips):
         failed = json.loads((folder / "failed.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elmd.errors import ElmdError
-from elmd.evaluation.runs import Experiment, Run
+from elmd.evaluation.runs import ABLATIONS, BASELINES, FULL, Experiment, Run
 from elmd.evaluation.significance import over_seeds
 from elmd.labels import EMOTIONS
 from elmd.log import logger
@@ -58,15 +58,28 @@ def smooth(steps: Sequence[int], values: Sequence[float], points: int = POINTS) 
     )
 
 
-def curves(experiment: Experiment) -> list[Any]:
+def styles(systems: Iterable[str], main: str) -> dict[str, int]:
+    """The style of each system's lines, the same in every report: the full model's first, then those of the known
+    baselines and ablations, then the others in table order.
+
+    Args:
+        main: the system that the report is about; the full model may have a setting in its name ("ELMD, s = 4").
+    """
+    full = main if main.startswith(FULL) else FULL
+    known = {name: i for i, name in enumerate((full, *BASELINES.values(), *ABLATIONS.values()))}
+    others = (name for name in systems if name not in known)
+    return known | {name: i for i, name in enumerate(others, len(known))}
+
+
+def curves(experiment: Experiment, main: str) -> list[Any]:
     """Loss and validation metrics of every training, a line per seed."""
-    styles = {name: i for i, name in enumerate(experiment.systems)}
+    looks = styles(experiment.systems, main)
     blocks: list[Any] = []
     for stage, title in TRAININGS.items():
         panels: dict[str, list[svg.Line]] = {}
         legend = []
         for systems, folders in owners(experiment.runs, stage).items():
-            style = styles[systems[0]]
+            style = min(looks[name] for name in systems)
             legend.append((style, ", ".join(systems)))
             for folder in folders:
                 if not (folder / "metrics.jsonl").is_file():
@@ -163,8 +176,11 @@ def vectors(experiment: Experiment, main: str, links: Links) -> tuple[list[Any],
         "between groups, their sizes and their places do not. The table says how often the nearest training utterance "
         "has the same emotion."
     )
+    metrics = run.manifest("erm")["metrics"]
+    if metrics.get("best_step") == 0:
+        note += " The best checkpoint on valid was the untrained one (step 0): “after ERM” shows no training here."
     blocks: list[Any] = [Plots(pictures, legend, note=note, glyphs=True)]
-    matches = run.manifest("erm")["metrics"].get("emotion_match", {})
+    matches = metrics.get("emotion_match", {})
     place = next((one for one in (split, "test", "valid") if one in matches), None)
     if place is not None:
         rows = [

@@ -76,6 +76,12 @@ class Gallery:
     chosen: str
     kind: ClassVar[str] = "gallery"
 
+    @property
+    def naming(self) -> dict[int, str]:
+        """The systems that name an emotion in any case, by position: only they can be filtered by what they named."""
+        named = {i for case in self.cases for i, reply in enumerate(case.replies) if reply.emotion is not None}
+        return {i: name for i, name in enumerate(self.systems) if i in named}
+
 
 def pick(emotions: Mapping[str, str], count: int, seed: int = 0) -> list[str]:
     """Ids of up to `count` samples, as many of each emotion as there are, drawn with a seed; in the given order.

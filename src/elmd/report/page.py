@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from elmd.evaluation.comparison import Comparison, paper_dataset
@@ -15,6 +14,7 @@ from elmd.report import cards, findings, results, svg
 from elmd.report.blocks import Heading, Section, Text
 from elmd.report.gallery import gallery
 from elmd.report.links import Links
+from elmd.report.results import Study
 
 #: The palette on a dark ground: the same hues, lighter where they were too dark to see.
 DARK = ("#7ba3d0", "#f08a96", "#59b86a", "#d9cb63", "#7fd4f3", "#d06fae", "#9aa0a6")
@@ -38,11 +38,11 @@ class Part:
         return self.experiment.systems[self.main][0]
 
 
-def sections(parts: Sequence[Part], study: Path | None, cases: int) -> list[Section]:
+def sections(parts: Sequence[Part], study: Study | None, cases: int) -> list[Section]:
     """All sections in reading order; those without blocks say why.
 
     Args:
-        study: folder of a scored human evaluation. cases: of the gallery of each experiment.
+        study: a scored human evaluation. cases: of the gallery of each experiment.
     """
 
     def each(id_: str, title: str, make: Callable[[Part], list[Any]], absent: str) -> Section:
@@ -77,14 +77,14 @@ def sections(parts: Sequence[Part], study: Path | None, cases: int) -> list[Sect
         each("tables", "Scores", lambda p: results.tables(p.comparison, p.experiment, p.links), ""),
         human,
         each("sweeps", "Sweeps", sweeps, "no number is varied here (s for Fig. 6, or m)"),
-        each("training", "Training curves", lambda p: findings.curves(p.experiment),
+        each("training", "Training curves", lambda p: findings.curves(p.experiment, p.main),
              "no run here was trained by ELMD (predictions only)"),
         each("rep", "Response emotion prediction", lambda p: findings.rep(p.experiment, p.main, p.links),
              "no run here has the stage REP"),
         replace(each("vectors", "Utterances before and after ERM", vectors, ""), absent="; ".join(dict.fromkeys(whys))),
         each("distributions", "Lengths and emotions", distributions, ""),
         each("cases", "Cases", lambda p: [gallery(p.experiment, p.main, cases)] if cases else [], "--cases 0"),
-        each("failed", "What failed", lambda p: cards.failures(p.experiment), "nothing failed"),
+        each("missing", "What is missing", lambda p: cards.missing(p.experiment), "nothing is missing"),
         each("data", "Data card", lambda p: cards.data(p.experiment, p.first, p.links), "no data set is known"),
         each("prompt", "Prompt card", lambda p: cards.prompt(p.first), "no prompt is known"),
         each("decoding", "Decoding and seeds", lambda p: cards.decoding(p.experiment), ""),
@@ -109,7 +109,7 @@ def summary(part: Part) -> list[Any]:
         )
     if experiment.missing:
         n = len(experiment.missing)
-        told += f" {n} job{'s are' if n > 1 else ' is'} missing: under What failed."
+        told += f" {n} job{'s are' if n > 1 else ' is'} missing: why is under What is missing."
     return [Text(results.headline(comparison), "lead"), Text(told)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,6 +32,12 @@ DRAWN = {"bleu4_char": 1, "meteor_char": 10, "rougeL_char": 10}
 #: What a sweep's picture is called, by the key that it varies.
 SWEPT = {"erm.slots": "Fig. 6: the self-separation coefficient s", "vision.frames": "The number of frames m"}
 
+#: What the ± of a floor is over: its draws, or its retrievers, stand where a system has training seeds.
+SPREADS = {
+    "floor: random response": "of the random floor over its draws",
+    "floor: retrieval only": "of retrieval only over the retrievers of those seeds",
+}
+
 #: The protocol whose numbers stand open on the page; the others fold.
 OPEN = "paper"
 
@@ -45,7 +51,7 @@ def tables(comparison: Comparison, experiment: Experiment, links: Links) -> list
         names = dict.fromkeys(
             f"{one.system}" + ("" if one.seed is None else f", seed {one.seed}") for one in experiment.missing
         )
-        told = f"Not in these tables, because their jobs are missing (why: under What failed): {'; '.join(names)}."
+        told = f"Not in these tables, because their jobs are missing (why: under What is missing): {'; '.join(names)}."
         blocks.append(Text(told, "warning"))
     folded = []
     for group, heading in GROUPS.items():
@@ -88,13 +94,18 @@ def table(comparison: Comparison, experiment: Experiment, links: Links, group: s
     held = f" beside {' and '.join(comparison.paper)}" if printed else ""
     meaning = "; ".join(f"{metric}: {MEANING[metric]}" for metric in metrics if metric in MEANING)
     notes = [f"{comparison.n} {comparison.split} samples. {meaning}." if meaning else f"{comparison.n} samples."]
+    varied = {row.name for row in rows if any(one.sd is not None for one in row.cells[group].values())}
+    spread = "; ".join(said for name, said in SPREADS.items() if name in varied)
+    told = f"Mean ± sd over training seeds{spread and f' ({spread})'}"
+    if any(one.low is not None for row in rows for one in row.cells[group].values()):
+        told += "; [95 % bootstrap interval, over samples, of the mean over all of them]"
     if group in comparison.tests:
-        notes.append(
-            f"Mean ± sd over training seeds; [95 % bootstrap interval over samples]; p: paired test against "
-            f"{comparison.reference}, Holm-corrected over the {comparison.tests[group]} tests of this table; "
-            "“≈”: within noise (the p, or the spread over seeds); “?”: too few seeds or samples to say; "
-            "bold: best of the systems; “≤ floor”: no better than the best floor."
+        told += (
+            f"; p: paired test against {comparison.reference}, Holm-corrected over the {comparison.tests[group]} tests "
+            "of this table; “≈”: within noise (the p, or the spread over seeds); “?”: too few seeds or samples to say; "
+            "bold: best of the systems; “≤ floor”: no better than the best floor"
         )
+    notes.append(f"{told}.")
     return Table(columns, body, f"{heading}{held}", notes, groups)
 
 
@@ -266,20 +277,37 @@ def cost(comparison: Comparison, experiment: Experiment, links: Links) -> list[A
     return [Plots(pictures, title="The cost of s (§5.4)"), Table(columns, rows, notes=[note])]
 
 
-def human(folder: Path, dataset: str, links: Links) -> list[Any]:
-    """Table 4 of a study that `python -m elmd.human score` has scored, with the raters' agreement.
+@dataclass(frozen=True)
+class Study:
+    """A scored human evaluation: its human.json, and what that says."""
 
-    Raises:
-        DataError: the folder holds no human.json that can be read.
-    """
-    file = folder / "human.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fix = "score the study first: python -m elmd.human score"
-        raise DataError(f"holds no scored study ({type(error).__name__})", where=file, fix=fix) from None
-    paper = paper_table("Table 4", dataset)
-    href, rows = links.to(file), []
+    file: Path
+    found: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Study:
+        """
+        Raises:
+            DataError: no such folder, or one without a human.json that can be read.
+        """
+        file = folder / "human.json"
+        if not folder.is_dir():
+            raise DataError(
+                "no such folder", where=folder, fix="name a study that python -m elmd.human score has scored"
+            )
+        if not file.is_file():
+            raise DataError("holds no human.json", where=folder, fix="run python -m elmd.human score first")
+        try:
+            return cls(file, json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            fix = "run python -m elmd.human score again"
+            raise DataError(f"cannot be read ({type(error).__name__})", where=file, fix=fix) from None
+
+
+def human(study: Study, dataset: str, links: Links) -> list[Any]:
+    """Table 4 of a study, with the raters' agreement."""
+    found, paper = study.found, paper_table("Table 4", dataset)
+    href, rows = links.to(study.file), []
     for name, one in found["systems"].items():
         printed = paper.printed.get("Ground-Truth" if name == list(found["systems"])[-1] else name, {})
         source = None if one.get("path") is None else Path(one["path"])

@@ -47,7 +47,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a plot. `style` is the position of its system among all: it decides colour, marker and dashes."""
+    """One line of a plot. `style` is a number that decides colour, marker and dashes, as `look` says."""
 
     label: str
     xs: Sequence[float]
