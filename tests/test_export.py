@@ -217,12 +217,20 @@ def test_reply_is_reply_all_of_the_same_dialogue(runs: Callable[[str], tuple[Pat
         model.reply_all([sample, sample])
     with pytest.raises(DataError, match="nothing to reply to"):
         model.reply(("甲", " "))
+    for wrong in ("x", [("甲", "在吗？", "乙")], ["在吗"], [("甲", 1)], {"甲": "在吗？"}, 5):
+        with pytest.raises(DataError, match=r"^history: is no list of turns.*; give \[\["):
+            model.reply(("甲", "你好"), history=wrong)  # type: ignore[arg-type]
+    for lone in ("你好", ("甲",), ("甲", None)):
+        with pytest.raises(DataError, match=r"^utterance: is no pair of texts; give \(speaker, text\)"):
+            model.reply(lone)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="甲 cannot reply to 甲"):
         model.reply(("甲", "你好"), responder="甲")
     blind = load_pack(tmp_path / "pack", llm=cfg.llm.path, cpu=True)
     assert blind.reply(("甲", "你好")).text == model.reply(("甲", "你好")).text, "no clip, no vision encoder"
     with pytest.raises(CheckpointError, match=r"a clip needs the vision encoder.*give vision"):
         blind.reply(("甲", "你好"), clip=clip)
+    with pytest.raises(ClipError, match=r"^nothere\.mp4: there is no such clip; check the path\.$"):
+        blind.reply(("甲", "你好"), clip="nothere.mp4")
 
 
 def test_clips_are_refused_where_they_would_not_be_seen(
@@ -233,7 +241,7 @@ def test_clips_are_refused_where_they_would_not_be_seen(
     with pytest.raises(ConfigError, match="was trained without video"):
         model.reply(("甲", "你好"), clip="x.mp4")
     with pytest.raises(ConfigError, match="uses no vision encoder"):
-        load_pack(tmp_path / "blind", llm=cfg.llm.path, vision="x", cpu=True)
+        load_pack(tmp_path / "blind", llm=cfg.llm.path, vision=cfg.llm.path, cpu=True)
     with pytest.raises(ConfigError, match=r"reads feature arrays.*reply_all"):
         load_pack(full, llm=cfg.llm.path, cpu=True).reply(("甲", "你好"), clip="x.mp4")
 
@@ -286,6 +294,23 @@ def test_an_earlier_export_is_replaced_and_nothing_else(
     assert (tmp_path / "thesis/chapter.txt").read_text() == "mine"
     export(runs("w/o ERM")[0], full)
     assert not (full / "retriever").exists()
+
+
+def test_a_new_export_keeps_the_license_and_language_of_the_earlier_one(
+    runs: Callable[[str], tuple[Path, Config]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, pack = runs("w/o ERM")[0], tmp_path / "pack"
+
+    def card(**given: Any) -> tuple[str, str]:
+        data = ModelCard.load(export(job, pack, **given) / "README.md").data
+        return data.license, data.language
+
+    assert card(license="apache-2.0", language="yue") == ("apache-2.0", "yue")
+    with caplog.at_level("INFO", "elmd"):
+        assert card() == ("apache-2.0", "yue")
+    assert "kept from the earlier export: license apache-2.0, language yue" in caplog.text
+    assert card(license="mit") == ("mit", "yue")
+    assert card(language="zh") == ("mit", "zh")
 
 
 # ------------------------------------------------------------------------------------------------------------ card
@@ -416,8 +441,11 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence(
 def test_missing_and_foreign_language_models_are_refused(full: Path, llm_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no part of a pack.*give llm the folder or hub id of auto \(llm"):
         load_pack(full, cpu=True)
-    with pytest.raises(CheckpointError, match="cannot be loaded as a language model"):
-        load_pack(full, llm=tmp_path / "none", cpu=True)
+    for role in ("llm", "vision"):
+        with pytest.raises(CheckpointError, match=rf"none: no such folder; check the path given as {role}\.$"):
+            load_pack(tmp_path / "not looked at", **{"llm": llm_folder, role: tmp_path / "none"}, cpu=True)
+    with pytest.raises(CheckpointError, match=r"holds no model \(config\.json is missing\); give llm the folder"):
+        load_pack(full, llm=tmp_path, cpu=True)
     other = tmp_path / "other"
     shutil.copytree(llm_folder, other)
     weights = load_file(other / "model.safetensors")
@@ -444,6 +472,29 @@ def test_another_vision_encoder_is_refused(runs: Callable[[str], tuple[Path, Con
     tiny(seed=1).save(tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"its weights are not those.*give vision"):
         load_pack(pack, llm=cfg.llm.path, vision=tmp_path / "other", cpu=True)
+
+
+def test_a_stand_in_is_named_by_its_artifact(
+    runs: Callable[[str], tuple[Path, Config]], llm_folder: Path, tmp_path: Path
+) -> None:
+    folder, cfg = runs("clips")
+    job = job_with(folder, tmp_path / "job", llm__path="bootstrap", vision__path="bootstrap")
+    found = json.loads((job / "artifacts.json").read_text(encoding="utf-8"))
+    shutil.copytree(llm_folder, tmp_path / "runs/bootstrap/llm/17fd")
+    shutil.copytree(str(cfg.vision.path), tmp_path / "runs/bootstrap/vision/43e2")
+    for role, name in (("llm", "17fd"), ("vision", "43e2")):
+        found["artifacts"][f"bootstrap/{role}"] = str(tmp_path / "runs/bootstrap" / role / name)
+    write_json(job / "artifacts.json", found)
+    pack = export(job, tmp_path / "pack")
+    with pytest.raises(CheckpointError, match="give llm the folder of artifact bootstrap/llm/17fd under the runs/ it"):
+        load_pack(pack, cpu=True)
+    model = load_pack(pack, llm=tmp_path / "runs/bootstrap/llm/17fd", cpu=True)
+    with pytest.raises(
+        CheckpointError, match="give vision the folder of artifact bootstrap/vision/43e2 under the runs/"
+    ):
+        model.reply(("甲", "你好"), clip=folder / "../../media/1.mp4")
+    assert "| tiny (bootstrap/vision/43e2); not packed" in (pack / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in (pack / "elmd.json").read_text(encoding="utf-8")
 
 
 def change(pack: Path, **facts: Any) -> None:
@@ -520,7 +571,9 @@ def test_a_hub_repository_is_loaded_from_its_data_files_alone(
 def test_the_language_model_of_the_hub_is_taken_where_the_pack_names_one(full: Path) -> None:
     base = json.loads((full / "elmd.json").read_text(encoding="utf-8"))["llm"]
     change(full, llm={**base, "hub": True, "model": "somebody/llm"})
-    with pytest.raises(CheckpointError, match="somebody/llm: cannot be loaded as a language model"):
+    with pytest.raises(
+        CheckpointError, match=r"somebody/llm: is no folder, and as a hub id it cannot be loaded.*; give llm"
+    ):
         load_pack(full, cpu=True)  # offline here
     change(full, llm={**base, "hub": True, "model": "../llm"})
     with pytest.raises(CheckpointError, match="is no part of a pack"):
@@ -554,6 +607,9 @@ def test_the_commands(
     with pytest.raises(SystemExit):
         call(elmd.reply.main, *arguments, "--utterance", "你好")
     assert "history.json: is no list of turns" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call(elmd.reply.main, tmp_path / "pack", "--utterance", "你好", "--clip", tmp_path / "nothere.mp4")
+    assert "nothere.mp4: there is no such clip; check the path." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         call(main, tmp_path, "--out", tmp_path / "pack2")
     told = capsys.readouterr().err

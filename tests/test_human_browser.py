@@ -67,6 +67,7 @@ class Rater:
     def export(self, path: Path) -> Path:
         with self.page.expect_download() as download:
             self.page.click("#export")
+        self.saved_as = download.value.suggested_filename
         download.value.save_as(path)
         return path
 
@@ -92,6 +93,8 @@ def test_rate_reload_export_and_score(browser: Any, study: tuple[Path, dict[str,
         "4",
     ]
     part = rater.export(tmp_path / "part.json")
+    assert rater.saved_as == "rater-1-incomplete.json"
+    assert rater.page.inner_text("#message").startswith(f"Incomplete: 8 of {6 * N} scores.")
     with pytest.raises(DataError, match=r"part\.json: is incomplete: 10 scores are missing in 2 of 3 dialogues"):
         read_ratings(part, key)
 
@@ -101,6 +104,7 @@ def test_rate_reload_export_and_score(browser: Any, study: tuple[Path, dict[str,
     assert rater.count == f"{N} of {N} dialogues, {6 * N} of {6 * N} scores"
     assert "All is rated" in rater.page.inner_text("#message")
     whole = rater.export(tmp_path / "rater-1.json")
+    assert rater.saved_as == "rater-1.json"
     assert rater.errors == []
 
     found = read_ratings(whole, key)
@@ -154,6 +158,32 @@ def test_keys_move_and_the_focus_shows(browser: Any, study: tuple[Path, dict[str
     rater.press("p", "h")
     assert rater.page.locator("section:visible h2").inner_text() == "Dialogue 2 of 3"
     assert not rater.page.evaluate("document.getElementById('guide').open")
+    assert rater.errors == []
+
+
+def test_digits_change_nothing_in_a_dialogue_that_is_done(browser: Any, study: tuple[Path, dict[str, Any]]) -> None:
+    rater = Rater(browser, study[0] / "rater-1.html")
+    given = "all => all.map(one => one.value).join('')"
+    inputs, done = rater.page.locator("section:visible input:checked"), rater.page.locator("#done")
+    rater.rate()
+    rater.press("3", "3")
+    assert inputs.evaluate_all(given) == KEYS
+    assert done.inner_text() == "Dialogue 1 is done: go on with Next (N)."
+    rater.press("n", "n")
+    assert done.inner_text() == ""
+    rater.rate()  # the last one, and the second is open
+    rater.press("3", "3")
+    assert inputs.evaluate_all(given) == KEYS
+    assert done.inner_text() == "Dialogue 3 is done: go on with Next unrated (U)."
+    assert rater.page.evaluate("document.activeElement.id") == "unrated"
+    inputs.nth(1).focus()
+    rater.press("5", "4")
+    assert inputs.evaluate_all(given) == KEYS[0] + "5" + KEYS[2:], "one change, where the rater went"
+    rater.press("u", "1", "ArrowUp", "2")  # back to the first scale: on to the next open one
+    rater.press(*KEYS[1:])
+    assert inputs.evaluate_all(given) == "2" + KEYS[1:]
+    assert done.inner_text() == "Dialogue 2 is done: press Export."
+    assert rater.page.evaluate("document.activeElement.id") == "export"
     assert rater.errors == []
 
 

@@ -107,8 +107,12 @@ def _main() -> None:
     parser.add_argument("job", type=Path, help="folder of a finished run: runs/experiments/NAME or …/NAME/JOB")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; an earlier export there is replaced")
     parser.add_argument("--name", help="title of the model card; default: the experiment's name")
-    parser.add_argument("--license", help="license of the trained weights, as the hub names them (apache-2.0, …)")
-    parser.add_argument("--language", default="zh", help="ISO code of the language of the dialogues (default: zh)")
+    parser.add_argument(
+        "--license",
+        help="license of the trained weights, as the hub names them (apache-2.0, …); "
+        "default: that of the earlier export, else unknown",
+    )
+    parser.add_argument("--language", help="ISO code of the language of the dialogues; default: likewise, else zh")
     parser.add_argument(
         "--no-index", action="store_true", help="leave out the training texts; replies then have no demonstration"
     )
@@ -122,7 +126,7 @@ def export(
     out: Path,
     name: str | None = None,
     license: str | None = None,
-    language: str = "zh",
+    language: str | None = None,
     with_index: bool = True,
 ) -> Path:
     """Write the pack `out`, whole or not at all.
@@ -132,7 +136,8 @@ def export(
     Args:
         job: `runs/experiments/<name>[/<job>]` with `artifacts.json`.
         name: title of the card; None: from the experiment's name.
-        license: of what was trained, as the hub names licenses; None: `unknown`.
+        license: of what was trained, as the hub names licenses; None: that of the earlier export, or `unknown`.
+        language: ISO code of the dialogues' language; None: that of the earlier export, or `zh`.
         with_index: pack the training texts that demonstrations are drawn from.
 
     Raises:
@@ -141,20 +146,26 @@ def export(
         CheckpointError: what it trained, or the base models it used, cannot be read.
     """
     trained = read_job(job)
-    _check_free(out)
+    earlier = _check_free(out)
+    given = {"license": license, "language": language}
+    kept = {key: str(earlier[key]) for key, value in given.items() if not value and earlier.get(key)}
+    license, language = _line(license or kept.get("license", "")) or None, _line(language or kept.get("language", "zh"))
     title = _line(name) if name else f"elmd-{_line(str(trained.config['experiment_name']))}"
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:100]}-") as unfinished:
         folder = Path(unfinished) / "pack"
         folder.mkdir()
         indexed = pack_files(trained, folder, with_index)
-        facts = pack_facts(trained, folder, title, indexed)
+        facts = pack_facts(trained, folder, title, indexed) | {"license": license, "language": language}
         write_json(folder / FACTS, facts)
-        card = model_card(trained, facts, license=_line(license) if license else None, language=language)
+        card = model_card(trained, facts, license=license, language=language)
         card.save(folder / CARD)
         replace_folder(folder, out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     logger.info("%s: %.1f MB in %d files", out, size / 1e6, len(facts["files"]) + 2)
+    if kept:
+        told = ", ".join(f"{key} {value}" for key, value in kept.items())
+        logger.info("%s: kept from the earlier export: %s", out, told)
     if indexed:
         logger.warning(
             "%s holds the texts of the training samples, which stay under the license of the data set; "
@@ -279,7 +290,7 @@ def pack_facts(trained: Trained, folder: Path, title: str, indexed: bool) -> dic
     vision = None
     if config["vision"]["kind"] == "encoder":
         path = str(trained.checkpoint("vision"))
-        vision = _base(path, config["vision"]["name"]) | {"fingerprint": fingerprint(path, VISION_PARTS)}
+        vision = _base(trained, "vision") | {"fingerprint": fingerprint(path, VISION_PARTS)}
     return {
         "format": FORMAT,
         "name": title,
@@ -287,7 +298,7 @@ def pack_facts(trained: Trained, folder: Path, title: str, indexed: bool) -> dic
         "config": {
             group: {key: config[group][key] for key in keys if key in config[group]} for group, keys in CHOICES.items()
         },
-        "llm": _base(llm, config["llm"]["name"]) | {"fingerprint": fingerprint(llm), "shape": shape},
+        "llm": _base(trained, "llm") | {"fingerprint": fingerprint(llm), "shape": shape},
         "vision": vision,
         "index": indexed,
         "experiment": config["experiment_name"],
@@ -301,27 +312,35 @@ def pack_facts(trained: Trained, folder: Path, title: str, indexed: bool) -> dic
     }
 
 
-def _base(path: str, name: str) -> dict[str, Any]:
-    """How others can find a base model: its hub id, or else what this project calls it and its folder's name."""
-    hub = is_hub_id(path)
-    return {"model": path if hub else f"{name} ({Path(path).resolve().name})", "hub": hub}
+def _base(trained: Trained, role: str) -> dict[str, Any]:
+    """How others can find a base model: its hub id, or else what this project calls it and its folder's name.
 
-
-def _check_free(out: Path) -> None:
+    `artifact` is the place below the run's own runs/ of a stand-in that stage `bootstrap` made, else None.
     """
+    chosen, path = trained.config[role], trained.checkpoint(role)
+    artifact = f"bootstrap/{role}/{path.resolve().name}" if chosen["path"] == BOOTSTRAP else None
+    hub = artifact is None and is_hub_id(str(path))
+    model = str(path) if hub else f"{chosen['name']} ({artifact or path.resolve().name})"
+    return {"model": model, "hub": hub, "artifact": artifact}
+
+
+def _check_free(out: Path) -> dict[str, Any]:
+    """The facts of the earlier export that will be replaced; empty where there is none.
+
     Raises:
         ArtifactError: the folder holds more than an earlier export.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+        return {}
     fix = "choose a new folder for --out"
     try:
-        known = {*read_facts(out)["files"], FACTS, CARD}
+        facts = read_facts(out)
     except ElmdError as error:
         raise ArtifactError("exists and is no earlier export", where=out, fix=fix) from error
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
-    if more := sorted(found - known):
+    if more := sorted(found - {*facts["files"], FACTS, CARD}):
         raise ArtifactError(f"also holds {more[0]}, which is no part of an export", where=out, fix=fix)
+    return facts
 
 
 # --- the card ------------------------------------------------------------------------------------------------------

@@ -108,14 +108,20 @@ class Pack:
         base = facts["llm"]
         path = cfg.llm.path
         assert path is not None, "load_pack has seen to it"
-        config, tokenizer = open_llm(path, attention=cfg.llm.attention)
+        try:
+            config, tokenizer = open_llm(path, attention=cfg.llm.attention)
+        except CheckpointError as error:
+            if Path(path).is_dir():
+                raise
+            what = f"is no folder, and as a hub id it {error.what}"
+            raise CheckpointError(what, where=path, fix=_give("llm", base)) from error
         if (found := shape_of(config, tokenizer)) != base["shape"]:
             pairs = [(key, found[key], value) for key, value in base["shape"].items() if found.get(key) != value]
             wrong = ", ".join(f"{key} {here} for {there}" for key, here, there in pairs)
             raise CheckpointError(
                 f"is not the language model that {facts['name']} was trained with ({wrong})",
                 where=path,
-                fix=f"give llm the folder or hub id of {base['model']}",
+                fix=_give("llm", base),
             )
         check_weights(path, base, facts["name"], "llm")
         llm, tokenizer = load_llm(
@@ -165,7 +171,8 @@ class Pack:
 
         Raises:
             ConfigError: a clip for a model without video, or for one that reads arrays.
-            ClipError: the clip cannot be decoded.
+            ClipError: the clip is missing or cannot be decoded.
+            DataError: see `to_sample`.
         """
         if clip is not None and self.cfg.vision.kind is not VisionKind.encoder:
             kind = "reads feature arrays" if self.cfg.sees_video else "was trained without video"
@@ -239,7 +246,7 @@ class Pack:
             raise CheckpointError(
                 "a clip needs the vision encoder, which is no part of a pack",
                 where=self.facts["name"],
-                fix=f"give vision the folder or hub id of {self.facts['vision']['model']}",
+                fix=_give("vision", self.facts["vision"]),
             )
         else:
             if self._eyes is None:
@@ -293,8 +300,11 @@ def load_pack(
     Raises:
         CheckpointError: nothing there, a file is not as it was packed, or the language model or vision encoder is
             missing or another than in training.
-        ConfigError: the pack needs a later version of ELMD.
+        ConfigError: the pack needs a later version of ELMD, or uses no vision encoder and is given one.
     """
+    for role, path in (("llm", llm), ("vision", vision)):
+        if path is not None:
+            _check_given(role, str(path))
     folder = _fetch(str(source))
     facts = read_facts(folder)
     _check_files(folder, facts["files"])
@@ -305,7 +315,7 @@ def load_pack(
         raise CheckpointError(
             "the language model is no part of a pack, and this one was trained with a local folder of it",
             where=facts["name"],
-            fix=f"give llm the folder or hub id of {facts['llm']['model']}",
+            fix=_give("llm", facts["llm"]),
         )
     if cfg.vision.kind is VisionKind.encoder:
         cfg.vision.path = str(vision) if vision is not None else _hub(facts["vision"])
@@ -338,9 +348,15 @@ def to_sample(
         id: of the dialogue, unlike all that were trained on; the draw of a sampled reply depends on it.
 
     Raises:
-        DataError: u has no text, or its speaker is to reply.
+        DataError: u or a turn of H is no pair of texts, u has no text, or its speaker is to reply.
+        ClipError: there is no such clip.
     """
+    if not _is_turn(utterance):
+        raise DataError("is no pair of texts", where="utterance", fix="give (speaker, text)")
     speaker, text = utterance
+    history = turns(history, "history")
+    if clip is not None:
+        check_clip(Path(clip))
     if responder == speaker:
         raise DataError(f"{speaker} cannot reply to {speaker}", where="responder", fix="name another speaker")
     if not text.strip():
@@ -356,6 +372,34 @@ def to_sample(
     )
     dialogue = merge(RawDialogue(id, "", sentences), background, Notes())
     return Pair(dialogue, len(dialogue.utterances) - 1).sample("test", text_only=False)
+
+
+def turns(found: object, where: str | Path) -> list[tuple[str, str]]:
+    """Turns of a dialogue as (speaker, text), out of what a user gave for them.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if isinstance(found, str) or not isinstance(found, Sequence) or not all(map(_is_turn, found)):
+        raise DataError(
+            "is no list of turns, each a speaker and a text",
+            where=where,
+            fix='give [["A", "…"], ["B", "…"]], oldest first',
+        )
+    return [(speaker, text) for speaker, text in found]
+
+
+def _is_turn(found: object) -> bool:
+    return isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, str) for part in found)
+
+
+def check_clip(path: Path) -> None:
+    """
+    Raises:
+        ClipError: there is nothing at the path.
+    """
+    if not path.exists():
+        raise ClipError("there is no such clip", where=path, fix="check the path")
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------
@@ -460,8 +504,29 @@ def check_weights(path: str, base: Mapping[str, Any], name: str, role: str, part
         raise CheckpointError(
             f"its weights are not those that {name} was trained with",
             where=path,
-            fix=f"give {role} the folder or hub id of {base['model']}",
+            fix=_give(role, base),
         )
+
+
+def _give(role: str, base: Mapping[str, Any]) -> str:
+    """What to do about a base model that is missing or wrong; `role` is an argument here and an option of commands."""
+    if artifact := base.get("artifact"):
+        return f"give {role} the folder of artifact {artifact} under the runs/ it was trained in"
+    return f"give {role} the folder or hub id of {base['model']}"
+
+
+def _check_given(role: str, path: str) -> None:
+    """
+    Raises:
+        CheckpointError: neither a model's folder nor, by its form, a hub id.
+    """
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise CheckpointError(
+                "holds no model (config.json is missing)", where=path, fix=f"give {role} the folder that has it"
+            )
+    elif not is_hub_id(path):
+        raise CheckpointError("no such folder", where=path, fix=f"check the path given as {role}")
 
 
 def _hub(base: Mapping[str, Any]) -> str | None:

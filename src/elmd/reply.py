@@ -31,14 +31,16 @@ def _main() -> None:
     given = parser.parse_args()
     log.setup()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-    history = read_history(given.history) if given.history else []
 
     import transformers
 
-    from elmd.pack import load_pack
+    from elmd.pack import check_clip, load_pack
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    history = read_history(given.history) if given.history else []
+    if given.clip:
+        check_clip(given.clip)  # before gigabytes are read
     model = load_pack(given.pack, llm=given.llm, vision=given.vision, cpu=given.cpu)
     reply = model.reply(
         (given.speaker, given.utterance), history, clip=given.clip, background=given.background, seed=given.seed
@@ -52,17 +54,17 @@ def read_history(path: Path) -> list[tuple[str, str]]:
     """Turns of a JSON file, oldest first.
 
     Raises:
-        DataError: it holds something else.
+        DataError: it cannot be read, or holds something else.
     """
+    from elmd.pack import turns
+
     try:
-        turns = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(part, str) for turn in turns for part in turn):
-            raise ValueError("a turn holds something that is no text")
-        return [(speaker, text) for speaker, text in turns]
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"is no list of turns ({error})", where=path, fix='write [["A", "…"], ["B", "…"]], oldest first'
-        ) from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=path, fix="check the path") from error
+    except ValueError as error:  # also what is not UTF-8
+        raise DataError(f"is not JSON ({error})", where=path, fix='write [["A", "…"], ["B", "…"]]') from error
+    return turns(found, path)
 
 
 if __name__ == "__main__":
