@@ -23,7 +23,7 @@ from elmd.training.plots import series
 TRAININGS = {
     "erm": "ERM (emotional retrieval module, §3.3)",
     "rep": "REP (response emotion prediction, §3.4)",
-    "eerg": "EERG (emotion-enhanced response generation, §3.4)",
+    "eerg": "EERG (emotion-enhanced response generation, §3.5)",
     "baseline": "Baselines (§4.2)",
 }
 
