@@ -354,9 +354,7 @@ def _labels(jobs: Sequence[_Job]) -> dict[tuple[str, str], list[str]]:
     """
     kinds = {job.kind: [one.config for one in jobs if one.kind == job.kind] for job in jobs}
     keys = dict.fromkeys(key for configs in kinds.values() for key in _varied(configs))
-    return {
-        kind: [key for key in keys if kind[0] not in NETWORKS or not key.startswith(ELMDS_OWN)] for kind in kinds
-    }
+    return {kind: [key for key in keys if kind[0] not in NETWORKS or not key.startswith(ELMDS_OWN)] for kind in kinds}
 
 
 def _varied(configs: Sequence[Mapping[str, Any]]) -> list[str]:
