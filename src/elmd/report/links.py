@@ -43,12 +43,13 @@ class Links:
 
     def cell(self, text: str, system: str, artifacts: Sequence[Path]) -> Cell:
         """A number of a system, made from these artifacts."""
-        if len(artifacts) == 1:
-            return Cell(text, self.to(artifacts[0] / MANIFEST))
-        return Cell(text, f"#{self.anchor(system)}", f"mean of {len(artifacts)} runs")
+        return self._of(text, system, [self.to(artifact / MANIFEST) for artifact in artifacts])
 
     def score(self, text: str, system: str, runs: Sequence[Run]) -> Cell:
         """A score of a system over its runs."""
-        if len(runs) == 1:
-            return Cell(text, self.run(runs[0]))
-        return Cell(text, f"#{self.anchor(system)}", f"mean of {len(runs)} runs")
+        return self._of(text, system, [self.run(run) for run in runs])
+
+    def _of(self, text: str, system: str, sources: Sequence[str]) -> Cell:
+        if len(sources) == 1:
+            return Cell(text, sources[0])
+        return Cell(text, f"#{self.anchor(system)}", f"mean of {len(sources)} runs")
