@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from elmd.cli import guard
 from elmd.errors import ArtifactError
 from elmd.evaluation.comparison import compare_systems
 from elmd.evaluation.comparison_tables import LEGEND, cell_text, p_text
-from elmd.evaluation.runs import FULL, read_experiment
+from elmd.evaluation.runs import FULL, Job, read_experiment
 from elmd.evaluation.significance import over_seeds
 from elmd.training.artifacts import read_manifest, write_text
 
@@ -27,27 +26,12 @@ from elmd.training.artifacts import read_manifest, write_text
 METRICS = (("paper", "bleu4_char"), ("paper", "meteor_char"), ("paper", "rougeL_char"), ("emotion", "accuracy"))
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of the sweep: its folder, configuration and artifacts."""
-
-    folder: Path
-    config: dict[str, Any]
-    artifacts: dict[str, Path]
-
-    @property
-    def key(self) -> tuple[str, bool, int]:
-        return self.config["ablation_name"], self.config["vision"]["shuffle"], self.config["seed"]
-
-    def metrics(self, stage: str) -> dict[str, Any]:
-        return read_manifest(self.artifacts[stage])["metrics"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="runs/experiments/demo_claims")
     folder: Path = parser.parse_args().folder
-    jobs = {job.key: job for job in map(read_job, sorted(folder.glob("*/artifacts.json")))}
+    read = [Job.read(path) for path in sorted(folder.glob("*/artifacts.json"))]
+    jobs = {(one.config["ablation_name"], one.config["vision"]["shuffle"], one.seed): one for one in read}
     if not jobs:
         raise ArtifactError("holds no runs", where=folder, fix="run make claims")
     seeds = sorted({seed for _, _, seed in jobs})
@@ -57,14 +41,8 @@ def main() -> None:
     print(f"written: {folder / 'claims.md'}", file=sys.stderr)
 
 
-def read_job(path: Path) -> Job:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    artifacts = {stage: (path.parent / where).resolve() for stage, where in found["artifacts"].items()}
-    return Job(path.parent, found["config"], artifacts)
-
-
-def job(jobs: dict, ablation: str, seed: int, stage: str, *, shuffle: bool = False) -> Job:
-    """The run, with that stage done.
+def artifact(jobs: dict, ablation: str, seed: int, stage: str, *, shuffle: bool = False) -> Path:
+    """The folder of a finished stage.
 
     Raises:
         ArtifactError: it has not been run.
@@ -75,7 +53,7 @@ def job(jobs: dict, ablation: str, seed: int, stage: str, *, shuffle: bool = Fal
             f"there is no finished {stage} of ablation={ablation} seed={seed} vision.shuffle={str(shuffle).lower()}",
             fix="run make claims again; it goes on where it stopped",
         )
-    return found
+    return found.artifacts[stage]
 
 
 def points(values: Sequence[float]) -> str:
@@ -94,8 +72,8 @@ def erm(jobs: dict, seeds: Sequence[int]) -> str:
     values: dict[tuple[str, str], list[float]] = {}
     for ablation in ("none", "no_ert", "no_ssc"):
         for seed in seeds:
-            found = job(jobs, ablation, seed, "erm").metrics("erm")["emotion_match"]["test"]["text_shows"]
-            for key, score in found.items():
+            metrics = read_manifest(artifact(jobs, ablation, seed, "erm"))["metrics"]
+            for key, score in metrics["emotion_match"]["test"]["text_shows"].items():
                 values.setdefault((ablation, key), []).append(score["match@1"])
     raw = values["none", "raw e_u"]
     rows = []
@@ -115,13 +93,13 @@ def erm(jobs: dict, seeds: Sequence[int]) -> str:
 
 def rep(jobs: dict, seeds: Sequence[int]) -> str:
     """Accuracy of response emotion on test samples whose text hides the emotion: true against permuted clips."""
-    true = [job(jobs, "none", seed, "rep") for seed in seeds]
-    mixed = [job(jobs, "none", seed, "rep", shuffle=True) for seed in seeds]
+    true = [artifact(jobs, "none", seed, "rep") for seed in seeds]
+    mixed = [artifact(jobs, "none", seed, "rep", shuffle=True) for seed in seeds]
 
-    def tag(one: Job, kind: str) -> dict[str, Any]:
-        return json.loads((one.artifacts["rep"] / "rep.json").read_text())[f"test/{kind}"]["tags"]["text_hides"]
+    def tag(rep: Path, kind: str) -> dict[str, Any]:
+        return json.loads((rep / "rep.json").read_text())[f"test/{kind}"]["tags"]["text_hides"]
 
-    world = json.loads((true[0].artifacts["bootstrap/world"] / "world.json").read_text(encoding="utf-8"))
+    world = json.loads((artifact(jobs, "none", seeds[0], "bootstrap/world") / "world.json").read_text(encoding="utf-8"))
     a, b = ([tag(one, "projector")["accuracy"] for one in group] for group in (true, mixed))
     n = tag(true[0], "projector")["n"]
     rows = [

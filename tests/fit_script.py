@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import make_demonstrations, make_samples
-from elmd.cli import guard
+from elmd.cli import guard, leave
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples
 from elmd.data.prompts import Prompt
@@ -151,3 +151,5 @@ with messages:
             "micro_batches": task.micro_batches, "whole_bytes": whole_bytes, "local_bytes": local_bytes(llm),
         }  # fmt: skip
         (out / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
+
+leave()

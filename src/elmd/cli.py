@@ -60,6 +60,7 @@ def command(name: str, action: Action, *, checked: bool = True) -> Callable[[], 
         sys.argv[1:] = sweep + [argument for argument in sys.argv[1:] if argument not in sweep]
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra tells its errors itself, at length
         guard(main)
+        leave()
 
     return start
 
@@ -116,6 +117,19 @@ def run(cfg: Config, action: Action) -> None:
             fix="add cpu=true to run them on CPU, or start one process",
         )
     action(cfg, accelerator)
+
+
+def leave() -> None:
+    """Leave the other processes, at the successful end of a command.
+
+    The communication threads that are still there when the interpreter shuts down may abort the process (gloo, seen
+    as SIGABRT after finished work). Not after an error: leaving waits for what a dead peer will never answer.
+    """
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def guard(act: Callable[[], Any]) -> None:

@@ -25,6 +25,7 @@ from elmd.data.prompts import Prompt
 from elmd.data.samples import load_samples, save_samples
 from elmd.errors import ArtifactError, CheckpointError, ConfigError, ElmdError
 from elmd.evaluation.tables import GROUPS, group_table, with_floors
+from elmd.hub import is_hub_id
 from elmd.log import logger
 from elmd.models.elmd import ADAPTER, PROJECTOR
 from elmd.models.llm import open_llm
@@ -41,7 +42,6 @@ from elmd.pack import (
     VISION_PARTS,
     file_facts,
     fingerprint,
-    is_hub_id,
     packed_files,
     read_facts,
     shape_of,

@@ -39,6 +39,7 @@ from elmd.data.prompts import Prompt
 from elmd.data.samples import Pair, load_samples, merge
 from elmd.data.source import Notes, RawDialogue
 from elmd.errors import CheckpointError, ClipError, ConfigError, DataError, reason
+from elmd.hub import is_hub_id, snapshot
 from elmd.labels import Emotion
 from elmd.log import logger
 from elmd.models.elmd import ADAPTER, PROJECTOR, Elmd
@@ -76,7 +77,6 @@ CHOICES = {
     "generate": ("top_p", "temperature", "max_new_tokens", "seeds", "batch_tokens"),
 }  # fmt: skip
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PROBE = "[Round 1]\n问：你怎么才来？ 2024\n\n答：Ωé…"
 #: Tensors of a vision checkpoint that are the encoder's; a BLIP-2 folder also holds a language model.
 VISION_PARTS = ("vision_model.", "qformer.", "query_tokens")
@@ -441,11 +441,6 @@ def file_facts(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether a checkpoint's path is that of a hub repository."""
-    return not Path(path).exists() and _HUB_ID.fullmatch(path) is not None
-
-
 def shape_of(config: Any, tokenizer: Any) -> dict[str, Any]:
     """What must be equal for a language model to take the place of another: sizes, and how text becomes ids."""
     text = config.get_text_config(decoder=True)
@@ -531,7 +526,7 @@ def _check_given(role: str, path: str) -> None:
 
 def _hub(base: Mapping[str, Any]) -> str | None:
     """The checkpoint that the pack itself names, where others can have it too."""
-    return base["model"] if base["hub"] and _HUB_ID.fullmatch(base["model"]) else None
+    return base["model"] if base["hub"] and is_hub_id(base["model"]) else None
 
 
 def _fetch(source: str) -> Path:
@@ -539,18 +534,11 @@ def _fetch(source: str) -> Path:
         return Path(source)
     if not is_hub_id(source):
         raise CheckpointError("no such folder", where=source, fix="check the path")
-    from huggingface_hub import snapshot_download
-
     places = (f"{ADAPTER}/", f"{RETRIEVER}/", f"{INDEX}/")
     patterns = [FACTS, CARD, PROMPT, PROJECTOR, *(f"{place}*{ending}" for place in places for ending in ENDINGS)]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # also those of the HTTP library that the hub's client happens to be built on
-        raise CheckpointError(
-            f"is no folder, and as a hub id it cannot be had ({reason(error)})",
-            where=source,
-            fix="check the name and the connection, or download the repository and give its folder",
-        ) from error
+    return snapshot(
+        source, patterns, "check the name and the connection, or download the repository and give its folder"
+    )
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from elmd.config import BOOTSTRAP, BaselineName, Config, Sampling, VisionKind
 from elmd.data.encode import Encoder
 from elmd.doctor.findings import HOMES, Finding, read_json
 from elmd.errors import CheckpointError, ConfigError, reason
+from elmd.hub import is_hub_id
 from elmd.labels import WORDS
 from elmd.models.adapter import prefix_shape
 from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
@@ -60,7 +61,7 @@ def _checkpoint(group: str, name: str, path: str | None) -> Finding:
     if Path(path).is_dir():
         wrong = _original(group, Path(path), home) or _incomplete(group, Path(path), home)
         return Finding(what, path) if wrong is None else Finding(what, *wrong, True)
-    if _is_hub_id(path):
+    if is_hub_id(path):
         from huggingface_hub import constants, try_to_load_from_cache
 
         if isinstance(try_to_load_from_cache(path, "config.json"), str):
@@ -133,10 +134,6 @@ def header(file: Path) -> dict[str, tuple[int, ...]] | str:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         return str(error).strip().partition("\n")[0].rstrip(".")
-
-
-def _is_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
 def llm_config(cfg: Config) -> tuple[PretrainedConfig, bool] | None:

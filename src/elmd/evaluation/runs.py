@@ -175,7 +175,7 @@ def read_experiment(folder: Path, others: Mapping[str, Path] = {}) -> Experiment
     """
     if not folder.is_dir():
         raise DataError("is no folder", where=folder, fix="name an experiment's folder, runs/experiments/<name>")
-    jobs = [_Job.read(path) for path in sorted(folder.rglob(ARTIFACTS))]
+    jobs = [Job.read(path) for path in sorted(folder.rglob(ARTIFACTS))]
     swept = _sweep(folder)
     unfinished = {folder / one["job"]: one for one in swept or () if one["status"] != "done"}
     done = [job for job in jobs if job.evaluated and job.folder not in unfinished]
@@ -206,13 +206,20 @@ def read_experiment(folder: Path, others: Mapping[str, Path] = {}) -> Experiment
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """One training of an experiment: its folder, its configuration, and the artifact of each stage that is done."""
+
     folder: Path
     config: dict[str, Any]
     artifacts: dict[str, Path]
 
     @classmethod
-    def read(cls, path: Path) -> _Job:
+    def read(cls, path: Path) -> Job:
+        """From the `artifacts.json` that training writes beside what it made.
+
+        Raises:
+            DataError: the file is not that.
+        """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             config, where = found["config"], found["artifacts"]
@@ -346,7 +353,7 @@ def _check_comparable(runs: Sequence[Run]) -> None:
         check_same(references, references_of(run.predictions), str(first.path), str(run.path))
 
 
-def _labels(jobs: Sequence[_Job]) -> dict[tuple[str, str], list[str]]:
+def _labels(jobs: Sequence[Job]) -> dict[tuple[str, str], list[str]]:
     """By kind of system, the keys that its runs' names must tell.
 
     A key in which the runs of any kind differ is told of all kinds that read it: w/o ERM of one setting must not pass
@@ -371,7 +378,7 @@ def _varied(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in differ if key.endswith(".name") or not key.startswith(tuple(groups))]
 
 
-def _beside(job: _Job, done: Sequence[_Job], varied: Mapping[tuple[str, str], list[str]]) -> str:
+def _beside(job: Job, done: Sequence[Job], varied: Mapping[tuple[str, str], list[str]]) -> str:
     """The name of a run that was not evaluated, told apart from those that were."""
     others = [one.config for one in done if one.kind == job.kind]
     differ = _varied([others[0], job.config]) if others else []

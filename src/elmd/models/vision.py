@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from elmd.errors import CheckpointError, reason
+from elmd.hub import is_hub_id, snapshot, unfetched
 
 #: Mean and standard deviation of CLIP's training images, which BLIP-2 and VisualGLM normalise with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,7 +28,6 @@ IMAGENET_MEAN, IMAGENET_STD, IMAGENET_SIZE = (0.485, 0.456, 0.406), (0.229, 0.22
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PARTS = ("vision_model.", "qformer.", "query_tokens")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass
@@ -282,32 +281,16 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
 def _fetch(path: str | Path) -> Path:
     """The folder itself, or a hub id's snapshot in the hub's cache, with what the encoder needs of it."""
     folder, name = Path(path), str(path)
-    if folder.exists() or folder.is_absolute() or not _HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         return folder
     few = [_CONFIG, _PREPROCESSOR, _INDEX]
-    shards = _shards(_snapshot(name, few))
-    folder = _snapshot(name, [*few, *shards])
+    fix = "check vision.path (of a ResNet: baseline.resnet) and the connection, or download it and give its folder"
+    shards = _shards(snapshot(name, few, fix))
+    folder = snapshot(name, [*few, *shards], fix)
     # Without a connection the hub's client may answer with what an interrupted download left.
     if lacking := [file for file in (_CONFIG, *shards) if not (folder / file).is_file()]:
-        raise _unfetched(name, f"it lacks {lacking[0]}")
+        raise unfetched(name, f"it lacks {lacking[0]}", fix)
     return folder
-
-
-def _snapshot(name: str, files: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # also those of the HTTP library that the hub's client happens to be built on
-        raise _unfetched(name, reason(error)) from error
-
-
-def _unfetched(name: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"is no folder, and as a hub id it cannot be had ({why})",
-        where=name,
-        fix="check vision.path (of a ResNet: baseline.resnet) and the connection, or download it and give its folder",
-    )
 
 
 def _read_shape(folder: Path) -> VisionShape:

@@ -7,7 +7,6 @@ flattened output of self-separation; a raw retriever, not trained by ELMD, has `
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -21,6 +20,7 @@ from sentence_transformers.util import batch_to_device, load_file_path
 from torch import Tensor
 
 from elmd.errors import CheckpointError, reason
+from elmd.hub import is_hub_id
 from elmd.log import logger, progress
 from elmd.retrieval.self_separation import SelfSeparation
 
@@ -28,7 +28,6 @@ _SELF_SEPARATION = f"{SelfSeparation.__module__}.{SelfSeparation.__name__}"
 _THEIRS: dict[str, Any] = {"Transformer": Transformer, "Pooling": Pooling, "Normalize": Normalize}
 #: Weights come as safetensors or not at all; they are trained and compared in fp32 whatever they were stored in.
 _MODEL_KWARGS: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_retriever(
@@ -50,7 +49,7 @@ def load_retriever(
         CheckpointError: nothing there, a module of another class, or weights that cannot be read.
     """
     source = str(path)
-    if not Path(source).is_dir() and not _HUB_ID.fullmatch(source):
+    if not Path(source).is_dir() and not is_hub_id(source):
         raise CheckpointError("no such folder", where=source, fix="check retriever.path")
     listing = load_file_path(source, "modules.json")
     try:

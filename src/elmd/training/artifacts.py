@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from elmd.errors import ArtifactError, CheckpointError
+from elmd.hub import is_hub_id
 from elmd.log import logger
 
 MANIFEST = "manifest.json"
@@ -27,7 +27,6 @@ CHECKPOINTS, BEST = "checkpoints", "best.safetensors"
 
 #: Files from this size on (bytes) have their hash remembered by modification time; smaller ones are just read.
 _REMEMBER = 64 * 2**20
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -141,7 +140,7 @@ class Store:
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
             names = {p.relative_to(path).as_posix(): p for p in files}
             return {name: self._file(p) for name, p in names.items() if not name.startswith(BESIDE)}
-        if not path.is_absolute() and _HUB_ID.fullmatch(str(path)):
+        if is_hub_id(path):
             return {"hub": str(path)}
         raise CheckpointError("no such file or folder", where=path, fix="check the path in the configuration")
 
