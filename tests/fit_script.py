@@ -144,10 +144,10 @@ with messages:
         to_answer = Examples(samples[:23], encoder, demonstrations, visual.get, "eerg", with_target=False)
         # Mostly one row a batch, and a likely token in the place of EOS: some batches end long before others.
         ids = generate(
-            model, to_answer, 120, accelerator, eos=8, max_new_tokens=20, top_p=0.9, temperature=1.0, seed=1
+            model, to_answer, 120, accelerator, eos=8, max_new_tokens=20, top_p=0.9, temperature=1.0, seeds=[1]
         )  # fmt: skip
         told = {
-            "ids": ids, "bytes": messages.bytes, "trained": trained, "steps": steps,
+            "ids": [one for [one] in ids], "bytes": messages.bytes, "trained": trained, "steps": steps,
             "micro_batches": task.micro_batches, "whole_bytes": whole_bytes, "local_bytes": local_bytes(llm),
         }  # fmt: skip
         (out / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))

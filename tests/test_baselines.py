@@ -23,7 +23,7 @@ from elmd.data.features import index_of, read_shards, write_shard
 from elmd.data.samples import save_samples
 from elmd.errors import CheckpointError, ConfigError
 from elmd.evaluation.score import read_predictions
-from elmd.models.inference import greedy, nucleus
+from elmd.models.inference import greedy, nucleus, stream
 from elmd.stages import baseline as stage
 from elmd.stages import generate as writing
 from elmd.stages.base import Depends, Job
@@ -280,13 +280,13 @@ def test_replies_equal_those_of_a_slow_loop_and_do_not_depend_on_the_batch(creat
         together, one_by_one = (generate(model, asked, budget, accelerator, **how) for budget in (10_000, 1))
         assert together == one_by_one
         for i, sample in enumerate(few):
-            choose = greedy if temperature == 0 else nucleus([sample.id], 0.7, temperature, most, 3)
+            choose = greedy if temperature == 0 else nucleus([stream(3, sample.id)], 0.7, temperature, most)
             ids: list[int] = []
             while len(ids) < most:
                 with torch.no_grad():
                     logits = slow_logits(model, asked.rows[i].context, ids, clips(sample.id))[-1:]
                 logits[:, VOCABULARY.never_written] = -torch.inf
-                token = int(choose(logits, len(ids)))
+                token = int(choose(logits, len(ids), torch.tensor([0])))
                 if token == VOCABULARY.end:
                     break
                 ids.append(token)

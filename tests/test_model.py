@@ -7,13 +7,14 @@ import math
 import random
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from conftest import make_demonstrations, make_samples
-from elmd.data.collate import IGNORED, collate, pack
+from elmd.data.collate import IGNORED, WORTHWHILE, Batch, collate, pack, shared_beginning
 from elmd.data.encode import Encoded, Encoder
 from elmd.data.examples import Examples, shuffled
 from elmd.data.prompts import SLOTS, Prompt
@@ -188,13 +189,84 @@ def test_typed_control_strings_stay_text(llm, encoder) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.95])
 def test_generation_does_not_depend_on_the_batch(llm, encoder, temperature: float) -> None:
     model, data = build(llm), examples(encoder, with_target=False)
-    kwargs = {"eos": 2, "max_new_tokens": 12, "top_p": 0.7, "temperature": temperature, "seed": 3}
-    together = generate(model, data, 10_000, Accelerator(cpu=True), **kwargs)
-    alone = generate(model, data, 1, Accelerator(cpu=True), **kwargs)
+    kwargs = {"eos": 2, "max_new_tokens": 12, "top_p": 0.7, "temperature": temperature}
+    together = generate(model, data, 10_000, Accelerator(cpu=True), seeds=[3, 4], **kwargs)
+    assert len({tuple(ids) for ids, _ in together}) > 3
+    for position, seed in enumerate((3, 4)):
+        alone = generate(model, data, 1, Accelerator(cpu=True), seeds=[seed], **kwargs)
+        assert [several[position] for several in together] == [several[0] for several in alone]
+    assert ([a for a, _ in together] == [b for _, b in together]) == (temperature == 0)
+
+
+def test_rows_that_have_ended_leave_and_change_nothing(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = build(llm), examples(encoder, with_target=False)
+    batch, widths = data.batch(range(len(data))), []
+    streams = [str(i) for i in range(2 * len(data))]
+    run = llm[0].forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if (ids := kwargs.get("input_ids")) is not None:
+            widths.append(len(ids))
+        return run(*args, **kwargs)
+
+    def replies(rows: Batch, names: list[str], copies: int = 1) -> list[list[int]]:
+        choose = nucleus(names, 0.95, 3.0, 30)
+        return model.generate(rows, lambda *args: choose(*args) % 4, eos=3, max_new_tokens=30, copies=copies)
+
+    monkeypatch.setattr(llm[0], "forward", watched)
+    together = replies(batch, streams, copies=2)
+    assert widths[0] == 2 * len(data)
+    assert widths[-1] < len(data)
+    assert len({len(ids) for ids in together}) > 3
+    alone = [replies(data.batch([i // 2]), [streams[i]])[0] for i in range(2 * len(data))]
     assert together == alone
-    assert len({tuple(ids) for ids in together}) > 3
-    if temperature:
-        assert generate(model, data, 10_000, Accelerator(cpu=True), **{**kwargs, "seed": 4}) != together
+
+
+def test_what_rows_begin_with_is_read_once(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = build(llm), examples(encoder, with_target=False)
+    batch, tokens = data.batch(range(len(data))), []
+    run = llm[0].forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        tokens.append(kwargs["inputs_embeds"].shape[:2].numel())
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(llm[0], "forward", watched)
+    shared, cache, mask = model._prefill(batch)
+    monkeypatch.setattr("elmd.models.elmd.is_sharded", lambda _: True)
+    plain, whole, _ = model._prefill(batch)
+    assert sum(tokens[:2]) < 0.9 * tokens[2] == 0.9 * batch.ids.numel()
+    assert len(tokens) == 3
+    assert torch.allclose(shared, plain, atol=1e-4)
+    assert mask.sum(1).equal(batch.mask.sum(1))
+    assert cache.get_seq_length() == whole.get_seq_length()
+
+
+def test_shared_beginning_leaves_the_fewest_tokens() -> None:
+    draw, found = random.Random(0), 0
+    for trial in range(200):
+        rows = []
+        for _ in range(draw.randrange(1, 7)):
+            before = [draw.randrange(1 + trial % 3) for _ in range(draw.randrange(9))]
+            rows.append(Encoded([5, 6] * draw.randrange(2) + before, draw.randrange(3), [7], []))
+        batch = collate(rows, [torch.zeros(row.slots, 2) if row.slots else None for row in rows])
+        length, full = batch.ids.shape[1], batch.ids.numel()
+        text = [row.before if row.slots else [*row.before, *row.after][:-1] for row in rows]
+        costs = {
+            c: len({tuple(one[:c]) for one in text}) * c + len(rows) * (length - c)
+            for c in range(1, min(map(len, text)) + 1)
+        }
+        best = min(costs.values(), default=full)
+        shared = shared_beginning(batch)
+        if shared is None:
+            assert best > (1 - WORTHWHILE) * full or len(rows) == 1
+            continue
+        found += 1
+        assert costs[shared.length] == best
+        assert len(shared.firsts) == len({tuple(one[: shared.length]) for one in text})
+        for one, which in zip(text, shared.which.tolist(), strict=True):
+            assert one[: shared.length] == text[shared.firsts[which]][: shared.length]
+    assert found > 50
 
 
 def test_generation_equals_recomputing_each_token(llm, encoder) -> None:
@@ -208,14 +280,31 @@ def test_nucleus_draws_from_the_kept_tokens_in_proportion() -> None:
     probabilities = torch.tensor([0.05, 0.5, 0.15, 0.3])
     counts = torch.zeros(4)
     rows = 64
-    choose = nucleus([str(i) for i in range(rows)], 0.7, 1.0, 200, seed=0)
+    choose = nucleus([str(i) for i in range(rows)], 0.7, 1.0, 200)
     for step in range(200):
-        counts += torch.bincount(choose(probabilities.log().expand(rows, 4), step), minlength=4)
+        chosen = choose(probabilities.log().expand(rows, 4), step, torch.arange(rows))
+        counts += torch.bincount(chosen, minlength=4)
     share = counts / counts.sum()
     assert share[0] == share[2] == 0, "0.5 + 0.3 reach 0.7"
     assert share[1].item() == pytest.approx(0.5 / 0.8, abs=0.01)
     certain = torch.tensor([[-50.0, 50.0, -50.0, -50.0]])
-    assert nucleus(["x"], 0.7, 0.95, 1, 0)(certain, 0).item() == 1
+    assert nucleus(["x"], 0.7, 0.95, 1)(certain, 0, torch.tensor([0])).item() == 1
+
+
+@pytest.mark.parametrize("likely", [1, 5, 20])
+@pytest.mark.parametrize("top_p", [0.3, 0.7, 1.0])
+def test_nucleus_of_a_partial_sort_is_that_of_the_whole(likely: int, top_p: float) -> None:
+    torch.manual_seed(0)
+    rows, steps = torch.arange(50), 8
+    ways = [nucleus([str(i) for i in range(50)], top_p, 0.95, steps, likely=n) for n in (likely, 40)]
+    sharp, flat = torch.randn(50, 40) * 4, torch.zeros(50, 40)
+    tied = torch.randint(0, 4, (50, 40)).float()  # bfloat16's logits have many equal ones
+    for logits in (sharp, flat, tied, sharp.bfloat16().float()):
+        for step in range(steps):
+            some, all_of_them = (way(logits, step, rows) for way in ways)
+            assert some.equal(all_of_them)
+    few = torch.tensor([7, 31])
+    assert ways[0](sharp[few], 2, few).equal(ways[1](sharp, 2, rows)[few]), "a row's draws are its own"
 
 
 def test_scores_equal_losses_of_the_words(llm, encoder) -> None:

@@ -216,10 +216,11 @@ class Pack:
         examples = Examples(samples, self.encoder, shown, features, task, with_target=False)
         ids = generate(
             self.model, examples, decoding.batch_tokens, self.accelerator, eos=tokenizer.eos_token_id,
-            max_new_tokens=decoding.max_new_tokens, top_p=decoding.top_p, temperature=decoding.temperature, seed=seed,
+            max_new_tokens=decoding.max_new_tokens, top_p=decoding.top_p, temperature=decoding.temperature,
+            seeds=[seed],
         )  # fmt: skip
         replies = []
-        for sample, new in zip(samples, ids, strict=True):
+        for sample, [new] in zip(samples, ids, strict=True):
             emotion, text = self.encoder.prompt.split_target(tokenizer.decode(new, skip_special_tokens=True), task)
             several = shown.get(sample.id)
             replies.append(Reply(emotion, text, several[0].response if several else None))

@@ -28,7 +28,7 @@ from elmd.data.examples import Features, no_features
 from elmd.errors import CheckpointError
 from elmd.log import logger
 from elmd.models.elmd import Choose
-from elmd.models.inference import greedy, nucleus, over
+from elmd.models.inference import greedy, nucleus, over, stream
 from elmd.training import loop
 from elmd.training.artifacts import write_text
 from elmd.training.loop import Plan, Progress
@@ -341,8 +341,8 @@ def generate(
     model.eval()
 
     def run(batch: TextBatch, positions: list[int]) -> list[list[int]]:
-        names = [rows.samples[i].id for i in positions]
-        choose = greedy if temperature == 0 else nucleus(names, top_p, temperature, max_new_tokens, seed)
+        streams = [stream(seed, rows.samples[i].id) for i in positions]
+        choose = nucleus(streams, top_p, temperature, max_new_tokens) if temperature else greedy
         return write(model, batch, choose, rows.vocabulary, max_new_tokens=max_new_tokens)
 
     return over(rows, budget, accelerator, f"generate (seed {seed})", run)
@@ -357,12 +357,10 @@ def write(
     running = torch.arange(rows, device=batch.context.device)
     new = batch.context.new_zeros(rows, 0)
     for step in range(max_new_tokens):
-        # All rows have logits, as each draws by its place in the batch; those of ended ones are not used.
-        logits = torch.zeros(rows, len(vocabulary), device=new.device)
-        logits[running] = next_logits(new, running).float()
+        logits = next_logits(new, running).float()
         logits[:, vocabulary.never_written] = -torch.inf
         column = new.new_full((rows, 1), vocabulary.end)
-        column[running, 0] = choose(logits, step)[running]
+        column[running, 0] = choose(logits, step, running)
         new = torch.cat([new, column], 1)
         running = running[column[running, 0] != vocabulary.end]
         if not len(running):

@@ -176,7 +176,8 @@ def _span(clip: Clip, line: _TimeLine) -> tuple[float, float]:
 
 def _decord_frames(path: Path, line: _TimeLine, wanted: np.ndarray) -> list[np.ndarray] | None:
     """Frames [H, W, 3] at native size; None where decord cannot read what PyAV perhaps can."""
-    import torch  # noqa: F401, I001  (decord loaded before torch breaks torch)
+    if "decord" not in sys.modules:  # loaded before torch it breaks torch, which a worker never loads
+        import torch  # noqa: F401
     import decord
 
     try:
@@ -448,7 +449,6 @@ def _quiet(decoder: str) -> None:
 
     av.logging.set_level(av.logging.PANIC)
     if decoder == "decord":
-        import torch  # noqa: F401, I001  (decord loaded before torch breaks torch)
-        import decord
+        import decord  # alone: torch would cost each worker a second of start-up and 200 MB
 
         decord.logging.set_level(decord.logging.QUIET)

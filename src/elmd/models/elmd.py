@@ -17,17 +17,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from elmd.data.collate import IGNORED, Batch
+from elmd.data.collate import IGNORED, Batch, shared_beginning
 from elmd.errors import CheckpointError
 from elmd.models.adapter import Adapter, fixed, load_adapter
 from elmd.models.projector import Projector
-from elmd.models.sharding import anywhere
+from elmd.models.sharding import anywhere, is_sharded
 
 PROJECTOR = "projector.safetensors"
 ADAPTER = "adapter"
 
-#: Chooses the next token of each row: (logits [B, vocabulary], step) -> ids [B].
-Choose = Callable[[Tensor, int], Tensor]
+#: Chooses the next token of the rows that still run: (logits [R, vocabulary], step, their places in the batch [R])
+#: -> ids [R].
+Choose = Callable[[Tensor, int, Tensor], Tensor]
 
 
 class Elmd(nn.Module):
@@ -89,31 +90,19 @@ class Elmd(nn.Module):
         assert self.projector is not None, "a batch with visual tokens needs a projector"
         return words.masked_scatter(batch.slots.unsqueeze(-1), self.projector(batch.visual).to(words.dtype))
 
-    def forward(self, batch: Batch, *, keep: int, cache: bool = False) -> Any:
+    def forward(self, batch: Batch, *, keep: int) -> Any:
         """The language model's output for a batch, with logits at the last `keep` columns only.
 
         Real tokens have positions from 0 whatever the prefix, as in the original P-Tuning v2 of ChatGLM2.
-
-        Args:
-            cache: whether the output's `past_key_values` are to go on from.
         """
         embeddings, start = self.embed(batch), 0
         past = self._virtual(len(batch.ids))
-        if batch.free and self.adapter is None and not cache:
+        if batch.free and self.adapter is None:
             start, past = batch.free, self._read(batch, embeddings)
-        elif past is not None and not cache:
+        elif past is not None:
             past = fixed(past)
-        elif cache and past is None:
-            past = DynamicCache()
         with self._layers():
-            return self.llm(
-                inputs_embeds=embeddings[:, start:],
-                attention_mask=self._mask(batch.mask),
-                position_ids=batch.positions[:, start:],
-                past_key_values=past,
-                use_cache=past is not None,
-                logits_to_keep=keep,
-            )
+            return self._run(embeddings[:, start:], batch.mask, batch.positions[:, start:], past, keep)
 
     def loss(self, batch: Batch) -> Tensor:
         """Negative log-likelihood of each row's target tokens, *summed* (eq. 10, 11); [B] float32."""
@@ -129,9 +118,8 @@ class Elmd(nn.Module):
         because each ends in EOS.
         """
         rows, count = len(batch.ids), len(candidates)
-        prompt = self(batch, keep=1, cache=True)
-        cache: DynamicCache = prompt.past_key_values
-        first = prompt.logits[:, -1].float().log_softmax(-1)  # [B, vocabulary]
+        logits, cache, mask = self._prefill(batch)
+        first = logits.log_softmax(-1)  # [B, vocabulary]
         total = first[:, [ids[0] for ids in candidates]]  # [B, C]
         longest = max(map(len, candidates))
         if longest == 1:
@@ -143,7 +131,7 @@ class Elmd(nn.Module):
             inputs[i, : len(ids) - 1] = torch.tensor(ids[:-1])
             targets[i, : len(ids) - 1] = torch.tensor(ids[1:])
         cache.batch_repeat_interleave(count)
-        mask = torch.cat([batch.mask, batch.mask.new_ones(rows, longest - 1)], 1).repeat_interleave(count, 0)
+        mask = torch.cat([mask, mask.new_ones(rows, longest - 1)], 1).repeat_interleave(count, 0)
         positions = batch.positions[:, -1:].repeat_interleave(count, 0) + torch.arange(
             1, longest, device=batch.ids.device
         )
@@ -160,33 +148,83 @@ class Elmd(nn.Module):
         return total + rest.view(rows, count, -1).sum(-1)
 
     @torch.no_grad()
-    def generate(self, batch: Batch, choose: Choose, *, eos: int, max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, batch: Batch, choose: Choose, *, eos: int, max_new_tokens: int, copies: int = 1
+    ) -> list[list[int]]:
         """New ids of each row, without EOS.
 
         Our own loop, because transformers' `generate` with `inputs_embeds` and a prefix cache returns silently wrong
         tokens unless dummy rows stand before the embeddings, and because rows are to draw independently of the batch
-        they are in (see `choose`).
+        they are in (see `choose`). The prompt is read once for all copies of a row, and rows that have ended leave.
+
+        Args:
+            copies: how many replies to each row; row i's are i * copies and those after it.
         """
-        output = self(batch, keep=1, cache=True)
-        mask, position = batch.mask, batch.positions[:, -1:]
-        running = torch.ones(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
-        columns: list[Tensor] = []
+        logits, cache, mask = self._prefill(batch)
+        position = batch.positions[:, -1:]
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+            logits, mask, position = (x.repeat_interleave(copies, 0) for x in (logits, mask, position))
+        rows = torch.arange(len(logits), device=logits.device)
+        new = torch.full((len(rows), max_new_tokens), eos, device=logits.device)
+        running = torch.ones_like(rows, dtype=torch.bool)
         for step in range(max_new_tokens):
-            chosen = torch.where(running, choose(output.logits[:, -1].float(), step), eos)
-            columns.append(chosen)
-            running &= chosen != eos
+            chosen = torch.where(running, choose(logits, step, rows), eos)
+            new[rows, step] = chosen
+            running = chosen != eos
             if step + 1 == max_new_tokens or not anywhere(running, self.llm):
                 break
+            # Leaving costs a copy of the cache, so the ended rows leave when they are half of all.
+            if 2 * int(running.sum()) <= len(rows):
+                stay = running.nonzero().squeeze(1) if running.any() else running.new_zeros(1, dtype=torch.long)
+                cache.batch_select_indices(stay)
+                rows, mask, position, chosen, running = (x[stay] for x in (rows, mask, position, chosen, running))
             mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
-            output = self.llm(
-                input_ids=chosen.unsqueeze(1),
-                attention_mask=self._mask(mask),
-                position_ids=position,
-                past_key_values=output.past_key_values,
-                use_cache=True,
+            logits = (
+                self.llm(
+                    input_ids=chosen.unsqueeze(1),
+                    attention_mask=self._mask(mask),
+                    position_ids=position,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                .logits[:, -1]
+                .float()
             )
-        rows = torch.stack(columns, 1).tolist()
-        return [row[: row.index(eos)] if eos in row else row for row in rows]
+        ids = new.tolist()
+        return [row[: row.index(eos)] if eos in row else row for row in ids]
+
+    def _prefill(self, batch: Batch) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Read prompts: logits [B, vocabulary] after each, the cache to go on from, and the mask [B, L] of its columns.
+
+        Beginnings that several rows have in common run once, unless ranks share the model out: those would have to
+        run it equally often.
+        """
+        embeddings, mask, length = self.embed(batch), batch.mask, 0
+        shared = None if is_sharded(self.llm) else shared_beginning(batch)
+        past = self._virtual(len(mask) if shared is None else len(shared.firsts)) or DynamicCache()
+        if shared is not None:
+            length, firsts, which = shared
+            positions = torch.arange(length, device=mask.device).expand(len(firsts), length)
+            columns = mask[firsts].int().argmax(1, keepdim=True) + positions
+            begin = embeddings[firsts[:, None], columns]
+            self._run(begin, torch.ones_like(positions, dtype=torch.bool), positions, past, keep=1)
+            past.batch_select_indices(which)
+            # The cache's columns stand for what is shared; in the rest of each row it becomes padding.
+            mask = mask & (batch.positions >= length)
+            mask[:, :length] = True
+        output = self._run(embeddings[:, length:], mask, batch.positions[:, length:], past, keep=1)
+        return output.logits[:, -1].float(), past, mask
+
+    def _run(self, embeddings: Tensor, mask: Tensor, positions: Tensor, past: DynamicCache | None, keep: int) -> Any:
+        return self.llm(
+            inputs_embeds=embeddings,
+            attention_mask=self._mask(mask),
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=past is not None,
+            logits_to_keep=keep,
+        )
 
     def _virtual(self, rows: int) -> DynamicCache | None:
         return None if self.adapter is None else self.adapter.cache(rows)
@@ -198,15 +236,8 @@ class Elmd(nn.Module):
         The language model is frozen and looks back only, so no gradient of the projector passes through the tokens
         before the first visual one (REP's causal split): nothing of them is kept but this.
         """
-        past = DynamicCache()
-        self.llm(
-            inputs_embeds=embeddings[:, : batch.free],
-            attention_mask=self._mask(batch.mask[:, : batch.free]),
-            position_ids=batch.positions[:, : batch.free],
-            past_key_values=past,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        past, free = DynamicCache(), batch.free
+        self._run(embeddings[:, :free], batch.mask[:, :free], batch.positions[:, :free], past, keep=1)
         return fixed(past)
 
     @contextmanager

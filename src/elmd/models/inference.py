@@ -20,6 +20,9 @@ from elmd.models.sharding import in_step, sharding
 
 R = TypeVar("R")
 
+#: So many tokens nearly always hold the nucleus: sorting them instead of a vocabulary of 65 024 is what makes it fast.
+LIKELY = 1024
+
 
 class Movable(Protocol):
     """A batch of tensors."""
@@ -86,42 +89,83 @@ def generate(
     max_new_tokens: int,
     top_p: float,
     temperature: float,
-    seed: int,
-) -> list[list[int]]:
-    """New ids for each sample by nucleus sampling (§4.3), or greedily at temperature 0."""
+    seeds: Sequence[int],
+) -> list[list[list[int]]]:
+    """New ids for each sample and decode seed, by nucleus sampling (§4.3), or greedily at temperature 0.
+
+    A prompt is read once for all seeds.
+
+    Args:
+        budget: prompt tokens per batch, padding and the copies for each seed included.
+    """
     model.eval()
+    copies = len(seeds) if temperature else 1  # greedy replies do not differ
 
-    def run(batch: Batch, positions: list[int]) -> list[list[int]]:
-        names = [examples.samples[i].id for i in positions]
-        choose = greedy if temperature == 0 else nucleus(names, top_p, temperature, max_new_tokens, seed)
-        return model.generate(batch, choose, eos=eos, max_new_tokens=max_new_tokens)
+    def run(batch: Batch, positions: list[int]) -> list[list[list[int]]]:
+        streams = [stream(seed, examples.samples[i].id) for i in positions for seed in seeds]
+        choose = nucleus(streams, top_p, temperature, max_new_tokens) if temperature else greedy
+        new = model.generate(batch, choose, eos=eos, max_new_tokens=max_new_tokens, copies=copies)
+        return [new[i : i + copies] * (len(seeds) // copies) for i in range(0, len(new), copies)]
 
-    return over(examples, budget, accelerator, f"generate (seed {seed})", run)
+    return over(examples, budget // copies, accelerator, f"generate (seeds {', '.join(map(str, seeds))})", run)
 
 
-def greedy(logits: Tensor, step: int) -> Tensor:
+def stream(seed: int, name: str) -> str:
+    """The name of the random numbers that a sample's reply is drawn with."""
+    return f"{seed}:{name}"
+
+
+def greedy(logits: Tensor, step: int, rows: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def nucleus(names: Sequence[str], top_p: float, temperature: float, steps: int, seed: int) -> Choose:
-    """Top-p sampling where each row draws from its own stream of random numbers, named by its sample and the seed.
+def nucleus(streams: Sequence[str], top_p: float, temperature: float, steps: int, *, likely: int = LIKELY) -> Choose:
+    """Top-p sampling where each row draws from its own stream of random numbers.
 
     So a sample's response does not depend on the batch it is in, nor on the number of ranks. The smallest set of
-    tokens whose probability reaches `top_p` is kept, as in transformers.
+    tokens whose probability reaches `top_p` is kept, as in transformers; of equally likely ones at its edge, those of
+    the lower ids.
+
+    Args:
+        streams: of each row of the batch, the name (see `stream`).
+        likely: sort only so many tokens, and all of them in rows where the set does not end among these. The result
+            is the same whatever the number.
     """
-    draws = np.stack(
-        [
-            np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8])).random(steps)
-            for name in names
-        ]
+    draws = torch.from_numpy(
+        np.stack(
+            [
+                np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])).random(steps)
+                for name in streams
+            ]
+        )
     )
 
-    def choose(logits: Tensor, step: int) -> Tensor:
-        probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-        mass = probabilities.double().cumsum(-1)
-        kept = mass - probabilities < top_p
-        mass = torch.where(kept, mass, mass.gather(-1, kept.sum(-1, keepdim=True) - 1))
-        drawn = torch.from_numpy(draws[:, step : step + 1]).to(mass) * mass[:, -1:]
-        return order.gather(-1, torch.searchsorted(mass, drawn, right=True).clamp(max=mass.shape[-1] - 1)).squeeze(-1)
+    def choose(logits: Tensor, step: int, rows: Tensor) -> Tensor:
+        nonlocal draws
+        draws = draws.to(logits.device)
+        probabilities, drawn = (logits / temperature).softmax(-1), draws[rows, step]
+        if likely >= probabilities.shape[-1]:
+            return _draw(probabilities, drawn, top_p)[0]
+        least, some = probabilities.topk(likely, sorted=True)
+        some = some.sort(-1).values  # equally likely tokens by id, as in the sort of all
+        chosen, edge = _draw(probabilities.gather(-1, some), drawn, top_p)
+        chosen = some.gather(-1, chosen[:, None])[:, 0]
+        unsure = (edge <= least[:, -1]).nonzero()[:, 0]
+        if len(unsure):
+            chosen[unsure] = _draw(probabilities[unsure], drawn[unsure], top_p)[0]
+        return chosen
 
     return choose
+
+
+def _draw(probabilities: Tensor, drawn: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """From the nucleus of each row [R, n], by a number in [0, 1) [R]: the place chosen, and the least probability kept.
+
+    Where the n tokens together do not reach `top_p`, that least is the least of all n.
+    """
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    mass = probabilities.double().cumsum(-1)
+    last = (mass - probabilities < top_p).sum(-1, keepdim=True) - 1
+    total = mass.gather(-1, last)
+    place = torch.searchsorted(mass, drawn[:, None] * total, right=True).minimum(last)
+    return order.gather(-1, place)[:, 0], probabilities.gather(-1, last)[:, 0]

@@ -83,10 +83,15 @@ def in_step(shares: Sequence[Sequence[list[int]]], rank: int, *, level: bool) ->
     return batches
 
 
+def is_sharded(llm: nn.Module) -> bool:
+    """Whether ranks share this model out, so that all must run it equally often."""
+    return isinstance(llm, FSDPModule)
+
+
 def anywhere(flag: Tensor, llm: nn.Module) -> bool:
     """Whether any element of `flag` is true, on any rank where `llm` is sharded, else on this one."""
     found = flag.any()
-    if isinstance(llm, FSDPModule):
+    if is_sharded(llm):
         number = found.int()
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return bool(number.item())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,13 @@ class Author:
     """A trained model before its samples.
 
     Attributes:
-        write: replies to all samples, by decode seed.
+        write: replies to all samples, for each decode seed.
         names_emotions: whether it was taught to name one.
         counts: what else there is to tell.
     """
 
     samples: list[Sample]
-    write: Callable[[int], list[Reply]]
+    write: Callable[[Sequence[int]], list[list[Reply]]]
     names_emotions: bool
     counts: dict[str, Any]
 
@@ -81,8 +81,8 @@ def depends(cfg: Config) -> Depends:
 def run(cfg: Config, job: Job) -> Outcome:
     author = (_baseline if cfg.baseline.name.own_model else _elmd)(cfg, job)
     predictions, unnamed, unfinished = [], 0, 0
-    for seed in cfg.generate.seeds:
-        for sample, reply in zip(author.samples, author.write(seed), strict=True):
+    for seed, replies in zip(cfg.generate.seeds, author.write(cfg.generate.seeds), strict=True):
+        for sample, reply in zip(author.samples, replies, strict=True):
             unnamed += reply.emotion is None
             unfinished += not reply.ended
             predictions.append(
@@ -126,7 +126,7 @@ def _elmd(cfg: Config, job: Job) -> Author:
     examples = parts.examples(samples, task, with_target=False)
     tokenizer, prompt = parts.encoder.tokenizer, parts.encoder.prompt
 
-    def write(seed: int) -> list[Reply]:
+    def write(seeds: Sequence[int]) -> list[list[Reply]]:
         ids = generate(
             model,
             examples,
@@ -136,22 +136,23 @@ def _elmd(cfg: Config, job: Job) -> Author:
             max_new_tokens=cfg.generate.max_new_tokens,
             top_p=cfg.generate.top_p,
             temperature=cfg.generate.temperature,
-            seed=seed,
+            seeds=seeds,
         )
-        replies = []
-        for sample, row, new in zip(samples, examples.rows, ids, strict=True):
-            emotion, text = prompt.split_target(tokenizer.decode(new, skip_special_tokens=True), task)
+        replies: list[list[Reply]] = [[] for _ in seeds]
+        for sample, row, several in zip(samples, examples.rows, ids, strict=True):
             demonstrations = parts.demonstrations.get(sample.id, [])
             read = prompt.parts(sample, demonstrations, task, video=row.slots > 0)
-            replies.append(
-                Reply(
-                    text=text,
-                    ended=len(new) < cfg.generate.max_new_tokens,
-                    prompt={part: text.replace(SLOTS, "<video>") for part, text in read.items()},
-                    emotion=emotion,
-                    demonstration=demonstrations[0].response if demonstrations else None,
+            for new, found in zip(several, replies, strict=True):
+                emotion, text = prompt.split_target(tokenizer.decode(new, skip_special_tokens=True), task)
+                found.append(
+                    Reply(
+                        text=text,
+                        ended=len(new) < cfg.generate.max_new_tokens,
+                        prompt={part: text.replace(SLOTS, "<video>") for part, text in read.items()},
+                        emotion=emotion,
+                        demonstration=demonstrations[0].response if demonstrations else None,
+                    )
                 )
-            )
         return replies
 
     return Author(samples, write, cfg.eerg.with_emotion, {"cut": dict(parts.encoder.cuts)})
@@ -189,7 +190,12 @@ def _baseline(cfg: Config, job: Job) -> Author:
             for sample, new in zip(samples, ids, strict=True)
         ]
 
-    return Author(samples, write, False, {"unknown_tokens_read": rows.unknown, "cut": dict(rows.cuts)})
+    return Author(
+        samples,
+        lambda seeds: [write(seed) for seed in seeds],
+        False,
+        {"unknown_tokens_read": rows.unknown, "cut": dict(rows.cuts)},
+    )
 
 
 STAGE = Stage("generate", 1, depends, run)
