@@ -1,4 +1,4 @@
-"""How every benchmark runs: all ways first give equal results, then take turns; medians, spread and ratios are shown."""
+"""How every benchmark runs: all ways give equal results first, then take turns; medians, spread and ratios are shown."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ class Way:
         run: does it once; what it returns must equal what the case's other ways return.
         facts: what else there is to say of it (peak bytes, share of padding), by name; called once, not timed.
         before: what must be done before each run and is not timed.
+        same: False where its results cannot be compared (other random numbers); the case says so.
     """
 
     name: str
     run: Callable[[], Any]
     facts: Callable[[], Mapping[str, float]] = dict
     before: Callable[[], Any] = lambda: None
+    same: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,12 @@ class Measured:
         names = list(dict.fromkeys(name for timing in self.timings for name in timing.facts))
         rate = [f"{self.unit}/s"] if self.unit else []
         head = ["way", "median, ms", "least – most", "× elmd", *rate, *names]
-        lines = [f"**{self.title}**. {self.size}", "", f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
+        lines = [
+            f"**{self.title}**. {self.size}",
+            "",
+            f"| {' | '.join(head)} |",
+            "|---" + "|---:" * (len(head) - 1) + "|",
+        ]
         for timing in self.timings:
             ms, (middle, low, high) = [1000 * one for one in timing.seconds], timing.ratio
             cells = [timing.way, f"{1000 * timing.median:.4g}", f"{min(ms):.4g} – {max(ms):.4g}"]
@@ -117,6 +124,8 @@ def measure(case: Case, rounds: int) -> Measured:
     apart = 0.0
     if case.tolerance is not None:
         for way, one in zip(case.ways[1:], found[1:], strict=True):
+            if not way.same:
+                continue
             apart = max(apart, _apart(one, found[0], f"{case.title}: {way.name} against {case.ways[0].name}"))
             if apart > case.tolerance:
                 raise Unequal(f"{case.title}: {way.name} and {case.ways[0].name} differ by {apart:.1e}")
