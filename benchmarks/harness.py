@@ -1,4 +1,4 @@
-"""How every benchmark runs: all ways give equal results first, then take turns; medians, spread and ratios are shown."""
+"""How every benchmark runs: all ways give equal results, then take turns; medians, spread and ratios are shown."""
 
 from __future__ import annotations
 

@@ -232,9 +232,9 @@ def test_what_rows_begin_with_is_read_once(llm, encoder, monkeypatch: pytest.Mon
         return run(*args, **kwargs)
 
     monkeypatch.setattr(llm[0], "forward", watched)
-    shared, cache, mask = model._prefill(batch)
+    shared, cache, mask = model._read(batch, model.embed(batch), batch.ids.shape[1])
     monkeypatch.setattr("elmd.models.elmd.is_sharded", lambda _: True)
-    plain, whole, _ = model._prefill(batch)
+    plain, whole, _ = model._read(batch, model.embed(batch), batch.ids.shape[1])
     assert sum(tokens[:2]) < 0.9 * tokens[2] == 0.9 * batch.ids.numel()
     assert len(tokens) == 3
     assert torch.allclose(shared, plain, atol=1e-4)
@@ -257,7 +257,7 @@ def test_shared_beginning_leaves_the_fewest_tokens() -> None:
             for c in range(1, min(map(len, text)) + 1)
         }
         best = min(costs.values(), default=full)
-        shared = shared_beginning(batch)
+        shared = shared_beginning(batch.ids, batch.slots, batch.mask)
         if shared is None:
             assert best > (1 - WORTHWHILE) * full or len(rows) == 1
             continue

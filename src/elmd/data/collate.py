@@ -26,6 +26,23 @@ from elmd.data.encode import Encoded
 IGNORED = -100
 
 
+#: A beginning is run by itself where that spares at least this share of a batch's columns: it costs a pass of its own.
+WORTHWHILE = 0.05
+
+
+class Beginning(NamedTuple):
+    """What B rows begin with: their first `length` tokens.
+
+    Attributes:
+        firsts: rows [U] that begin differently.
+        which: for each row, the place in `firsts` of the one that it begins like [B].
+    """
+
+    length: int
+    firsts: Tensor
+    which: Tensor
+
+
 @dataclass
 class Batch:
     """B rows of L tokens.
@@ -39,6 +56,8 @@ class Batch:
         visual: [number of slots, q] features in row order, or None where no row has slots.
         keep: how many of the last columns carry targets.
         free: no visual token stands in so many first columns.
+        shared: what rows have in common in the columns that are read without gradient: the `free` ones, or all of
+            them where no row has a target.
     """
 
     ids: Tensor
@@ -49,11 +68,15 @@ class Batch:
     visual: Tensor | None
     keep: int
     free: int = 0
+    shared: Beginning | None = None
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        if self.shared is not None:
+            length, *tensors = self.shared
+            moved["shared"] = Beginning(length, *(tensor.to(device, non_blocking=True) for tensor in tensors))
         return replace(self, **moved)
 
 
@@ -79,6 +102,8 @@ def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None], *, split: 
         slots[i, columns[len(row.before) : len(row.before) + row.slots]] = True
         if row.target:
             labels[i, length - len(row.target) :] = torch.tensor(row.target, dtype=torch.long)
+    assert not slots[:, :free].any(), "a visual token stands where no gradient goes"
+    keep = max(len(row.target) for row in rows)
     features = [f for f in visual if f is not None]
     return Batch(
         ids=ids,
@@ -87,29 +112,13 @@ def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None], *, split: 
         positions=(mask.long().cumsum(-1) - 1).clamp(min=0),
         labels=labels,
         visual=torch.cat(features) if features else None,
-        keep=max(len(row.target) for row in rows),
+        keep=keep,
         free=free,
+        shared=shared_beginning(*(x[:, : free or length] for x in (ids, slots, mask))) if free or not keep else None,
     )
 
 
-#: A beginning is run by itself where that spares at least this share of a batch's columns: it costs a pass of its own.
-WORTHWHILE = 0.05
-
-
-class Beginning(NamedTuple):
-    """What B rows begin with: their first `length` tokens.
-
-    Attributes:
-        firsts: rows [U] that begin differently.
-        which: for each row, the place in `firsts` of the one that it begins like [B].
-    """
-
-    length: int
-    firsts: Tensor
-    which: Tensor
-
-
-def shared_beginning(batch: Batch) -> Beginning | None:
+def shared_beginning(ids: Tensor, slots: Tensor, mask: Tensor) -> Beginning | None:
     """What rows of text have in common at their beginning, so that a prompt's reader can run it once.
 
     All prompts begin with the same instruction, those of one dialogue also with the same background and often the same
@@ -117,16 +126,14 @@ def shared_beginning(batch: Batch) -> Beginning | None:
     c tokens that differ, and B rows of L - c columns. It ends before the first visual token and leaves each row one.
 
     Args:
-        batch: padded on the left as a whole (not `split`).
+        ids, slots, mask: as in a `Batch`, all [B, L], padded on the left.
 
     Returns:
         None where it does not pay.
     """
-    ids, mask, slots = batch.ids.cpu(), batch.mask.cpu(), batch.slots.cpu()
     rows, columns = ids.shape
-    first = mask.int().argmax(1)
-    text = torch.where(slots.any(1), slots.int().argmax(1), columns - 1) - first
-    limit = int(text.min())
+    first = torch.where(mask.any(1), mask.int().argmax(1), columns - 1)
+    limit = int((torch.where(slots.any(1), slots.int().argmax(1), columns - 1) - first).min())
     if limit < 1 or rows == 1:
         return None
     begin = ids.gather(1, first[:, None] + torch.arange(limit))
@@ -142,7 +149,7 @@ def shared_beginning(batch: Batch) -> Beginning | None:
     new = torch.cat([torch.tensor([True]), common < length])
     which = torch.empty_like(order)
     which[order] = new.long().cumsum(0) - 1
-    return Beginning(length, order[new].to(batch.ids.device), which.to(batch.ids.device))
+    return Beginning(length, order[new], which)
 
 
 def pack(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from elmd.data.collate import IGNORED, Batch, shared_beginning
+from elmd.data.collate import IGNORED, Batch
 from elmd.errors import CheckpointError
 from elmd.models.adapter import Adapter, fixed, load_adapter
 from elmd.models.projector import Projector
@@ -95,14 +95,19 @@ class Elmd(nn.Module):
 
         Real tokens have positions from 0 whatever the prefix, as in the original P-Tuning v2 of ChatGLM2.
         """
-        embeddings, start = self.embed(batch), 0
-        past = self._virtual(len(batch.ids))
+        embeddings, mask, start = self.embed(batch), batch.mask, 0
+        past = self._virtual(len(mask))
         if batch.free and self.adapter is None:
-            start, past = batch.free, self._read(batch, embeddings)
-        elif past is not None:
+            # The language model is frozen and looks back only, so no gradient of the projector passes through the
+            # tokens before the first visual one (REP's causal split): only their keys and values are kept.
+            start = batch.free
+            with torch.no_grad():
+                _, past, read = self._read(batch, embeddings, start)
+            mask = torch.cat([read, mask[:, start:]], 1)
+        if past is not None:
             past = fixed(past)
         with self._layers():
-            return self._run(embeddings[:, start:], batch.mask, batch.positions[:, start:], past, keep)
+            return self._run(embeddings[:, start:], mask, batch.positions[:, start:], past, keep)
 
     def loss(self, batch: Batch) -> Tensor:
         """Negative log-likelihood of each row's target tokens, *summed* (eq. 10, 11); [B] float32."""
@@ -118,7 +123,7 @@ class Elmd(nn.Module):
         because each ends in EOS.
         """
         rows, count = len(batch.ids), len(candidates)
-        logits, cache, mask = self._prefill(batch)
+        logits, cache, mask = self._read(batch, self.embed(batch), batch.ids.shape[1])
         first = logits.log_softmax(-1)  # [B, vocabulary]
         total = first[:, [ids[0] for ids in candidates]]  # [B, C]
         longest = max(map(len, candidates))
@@ -160,7 +165,7 @@ class Elmd(nn.Module):
         Args:
             copies: how many replies to each row; row i's are i * copies and those after it.
         """
-        logits, cache, mask = self._prefill(batch)
+        logits, cache, mask = self._read(batch, self.embed(batch), batch.ids.shape[1])
         position = batch.positions[:, -1:]
         if copies > 1:
             cache.batch_repeat_interleave(copies)
@@ -194,26 +199,26 @@ class Elmd(nn.Module):
         ids = new.tolist()
         return [row[: row.index(eos)] if eos in row else row for row in ids]
 
-    def _prefill(self, batch: Batch) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Read prompts: logits [B, vocabulary] after each, the cache to go on from, and the mask [B, L] of its columns.
+    def _read(self, batch: Batch, embeddings: Tensor, end: int) -> tuple[Tensor, DynamicCache, Tensor]:
+        """The first `end` columns: logits [B, vocabulary] after them, the cache to go on from, and the mask [B, end] of
+        its columns.
 
-        Beginnings that several rows have in common run once, unless ranks share the model out: those would have to
-        run it equally often.
+        What several rows begin with runs once, unless ranks share the model out: those must run it equally often.
         """
-        embeddings, mask, length = self.embed(batch), batch.mask, 0
-        shared = None if is_sharded(self.llm) else shared_beginning(batch)
+        mask, shared = batch.mask[:, :end], None if is_sharded(self.llm) else batch.shared
         past = self._virtual(len(mask) if shared is None else len(shared.firsts)) or DynamicCache()
+        start = 0
         if shared is not None:
-            length, firsts, which = shared
-            positions = torch.arange(length, device=mask.device).expand(len(firsts), length)
-            columns = mask[firsts].int().argmax(1, keepdim=True) + positions
-            begin = embeddings[firsts[:, None], columns]
+            start = shared.length
+            positions = torch.arange(start, device=mask.device).expand(len(shared.firsts), start)
+            columns = mask[shared.firsts].int().argmax(1, keepdim=True) + positions
+            begin = embeddings[shared.firsts[:, None], columns]
             self._run(begin, torch.ones_like(positions, dtype=torch.bool), positions, past, keep=1)
-            past.batch_select_indices(which)
+            past.batch_select_indices(shared.which)
             # The cache's columns stand for what is shared; in the rest of each row it becomes padding.
-            mask = mask & (batch.positions >= length)
-            mask[:, :length] = True
-        output = self._run(embeddings[:, length:], mask, batch.positions[:, length:], past, keep=1)
+            mask = mask & (batch.positions[:, :end] >= start)
+            mask[:, :start] = True
+        output = self._run(embeddings[:, start:end], mask, batch.positions[:, start:end], past, keep=1)
         return output.logits[:, -1].float(), past, mask
 
     def _run(self, embeddings: Tensor, mask: Tensor, positions: Tensor, past: DynamicCache | None, keep: int) -> Any:
@@ -228,17 +233,6 @@ class Elmd(nn.Module):
 
     def _virtual(self, rows: int) -> DynamicCache | None:
         return None if self.adapter is None else self.adapter.cache(rows)
-
-    @torch.no_grad()
-    def _read(self, batch: Batch, embeddings: Tensor) -> DynamicCache:
-        """Keys and values of the first `batch.free` columns.
-
-        The language model is frozen and looks back only, so no gradient of the projector passes through the tokens
-        before the first visual one (REP's causal split): nothing of them is kept but this.
-        """
-        past, free = DynamicCache(), batch.free
-        self._run(embeddings[:, :free], batch.mask[:, :free], batch.positions[:, :free], past, keep=1)
-        return fixed(past)
 
     @contextmanager
     def _layers(self) -> Iterator[None]:
