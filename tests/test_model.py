@@ -232,14 +232,42 @@ def test_what_rows_begin_with_is_read_once(llm, encoder, monkeypatch: pytest.Mon
         return run(*args, **kwargs)
 
     monkeypatch.setattr(llm[0], "forward", watched)
-    shared, cache, mask = model._read(batch, model.embed(batch), batch.ids.shape[1])
+    shared, (cache, mask) = model._read(batch, model.embed(batch))
     monkeypatch.setattr("elmd.models.elmd.is_sharded", lambda _: True)
-    plain, whole, _ = model._read(batch, model.embed(batch), batch.ids.shape[1])
+    plain, (whole, _) = model._read(batch, model.embed(batch))
     assert sum(tokens[:2]) < 0.9 * tokens[2] == 0.9 * batch.ids.numel()
     assert len(tokens) == 3
     assert torch.allclose(shared, plain, atol=1e-4)
     assert mask.sum(1).equal(batch.mask.sum(1))
     assert cache.get_seq_length() == whole.get_seq_length()
+
+
+def test_kept_prompts_change_nothing_but_the_work(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, found, tokens = examples(encoder, "rep"), {}, []
+    run = llm[0].forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        tokens[-1] += kwargs["inputs_embeds"].shape[:2].numel()
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(llm[0], "forward", watched)
+    for keep in (False, True):
+        model = build(llm, prefix=0)
+        task = TokenTask(
+            model, {"projector": model.projector}, data, Accelerator(cpu=True), batch_size=4, micro_tokens=400,
+            seed=0, evaluate=dict, keep_prompts=keep,
+        )  # fmt: skip
+        found[keep] = []
+        for epoch in range(2):
+            tokens.append(0)
+            for batch in task.batches(epoch):
+                for loss, _ in task.losses(batch, 0, 1):
+                    loss.backward()
+                    found[keep].append(loss.item())
+        found[keep].append(model.projector.linear.weight.grad.norm().item())
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
+    assert tokens[2] == tokens[0]
+    assert tokens[3] < 0.75 * tokens[1], "in the second epoch only what follows the first visual token is run"
 
 
 def test_shared_beginning_leaves_the_fewest_tokens() -> None:

@@ -73,6 +73,12 @@ class Key(StrEnum):
     E_s = "E_s"
 
 
+class Search(StrEnum):
+    auto = "auto"  # exact up to `stages.index.MANY` candidates; beyond, faiss where it is installed
+    exact = "exact"
+    faiss = "faiss"  # HNSW; its recall is measured
+
+
 class Separation(StrEnum):
     mlp = "mlp"
     linear = "linear"
@@ -188,6 +194,7 @@ class RetrieverConfig:
     key: Key = Key.E_s  # §3.3 end
     allow_same_dialogue: bool = False  # true only shows the leak
     max_tokens: int = 128
+    search: Search = Search.auto
 
 
 @dataclass
@@ -236,6 +243,9 @@ class RepConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     micro_tokens: int = 4096  # tokens per micro-batch, padding included
+    keep_prompts: bool = (
+        False  # read the text before the video slots once, not every epoch; takes memory, which is told
+    )
     select_on: SelectionSplit = SelectionSplit.valid
     checkpoint_every: int = 200
 

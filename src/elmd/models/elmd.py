@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,13 @@ ADAPTER = "adapter"
 #: Chooses the next token of the rows that still run: (logits [R, vocabulary], step, their places in the batch [R])
 #: -> ids [R].
 Choose = Callable[[Tensor, int, Tensor], Tensor]
+
+
+class Read(NamedTuple):
+    """What was read of a batch's first columns: the cache to go on from, and the mask [B, columns] of what it holds."""
+
+    past: DynamicCache
+    mask: Tensor
 
 
 class Elmd(nn.Module):
@@ -90,28 +97,28 @@ class Elmd(nn.Module):
         assert self.projector is not None, "a batch with visual tokens needs a projector"
         return words.masked_scatter(batch.slots.unsqueeze(-1), self.projector(batch.visual).to(words.dtype))
 
-    def forward(self, batch: Batch, *, keep: int) -> Any:
+    def forward(self, batch: Batch, *, keep: int, read: Read | None = None) -> Any:
         """The language model's output for a batch, with logits at the last `keep` columns only.
 
         Real tokens have positions from 0 whatever the prefix, as in the original P-Tuning v2 of ChatGLM2.
+
+        Args:
+            read: what `self.read(batch)` gives, where it is known already.
         """
-        embeddings, mask, start = self.embed(batch), batch.mask, 0
+        mask, start = batch.mask, 0
         past = self._virtual(len(mask))
         if batch.free and self.adapter is None:
-            # The language model is frozen and looks back only, so no gradient of the projector passes through the
-            # tokens before the first visual one (REP's causal split): only their keys and values are kept.
-            start = batch.free
-            with torch.no_grad():
-                _, past, read = self._read(batch, embeddings, start)
-            mask = torch.cat([read, mask[:, start:]], 1)
+            start, (past, before) = batch.free, self.read(batch) if read is None else read
+            mask = torch.cat([before, mask[:, start:]], 1)
+        embeddings = self.embed(batch)
         if past is not None:
             past = fixed(past)
         with self._layers():
             return self._run(embeddings[:, start:], mask, batch.positions[:, start:], past, keep)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, read: Read | None = None) -> Tensor:
         """Negative log-likelihood of each row's target tokens, *summed* (eq. 10, 11); [B] float32."""
-        logits = self(batch, keep=batch.keep + 1).logits[:, :-1].float()
+        logits = self(batch, keep=batch.keep + 1, read=read).logits[:, :-1].float()
         labels = batch.labels[:, -batch.keep :]
         return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(-1)
 
@@ -123,7 +130,7 @@ class Elmd(nn.Module):
         because each ends in EOS.
         """
         rows, count = len(batch.ids), len(candidates)
-        logits, cache, mask = self._read(batch, self.embed(batch), batch.ids.shape[1])
+        logits, (cache, mask) = self._read(batch, self.embed(batch))
         first = logits.log_softmax(-1)  # [B, vocabulary]
         total = first[:, [ids[0] for ids in candidates]]  # [B, C]
         longest = max(map(len, candidates))
@@ -165,7 +172,7 @@ class Elmd(nn.Module):
         Args:
             copies: how many replies to each row; row i's are i * copies and those after it.
         """
-        logits, cache, mask = self._read(batch, self.embed(batch), batch.ids.shape[1])
+        logits, (cache, mask) = self._read(batch, self.embed(batch))
         position = batch.positions[:, -1:]
         if copies > 1:
             cache.batch_repeat_interleave(copies)
@@ -199,12 +206,21 @@ class Elmd(nn.Module):
         ids = new.tolist()
         return [row[: row.index(eos)] if eos in row else row for row in ids]
 
-    def _read(self, batch: Batch, embeddings: Tensor, end: int) -> tuple[Tensor, DynamicCache, Tensor]:
-        """The first `end` columns: logits [B, vocabulary] after them, the cache to go on from, and the mask [B, end] of
-        its columns.
+    @torch.no_grad()
+    def read(self, batch: Batch) -> Read:
+        """The columns before the first visual token (`batch.free`), of a model without adapter.
+
+        The language model is frozen and looks back only, so no gradient of the projector passes through them (REP's
+        causal split): only their keys and values are needed.
+        """
+        return self._read(batch, self.llm.get_input_embeddings()(batch.ids[:, : batch.free]))[1]
+
+    def _read(self, batch: Batch, embeddings: Tensor) -> tuple[Tensor, Read]:
+        """The first columns, as many as `embeddings` [B, columns, H] has; and the logits [B, vocabulary] after them.
 
         What several rows begin with runs once, unless ranks share the model out: those must run it equally often.
         """
+        end = embeddings.shape[1]
         mask, shared = batch.mask[:, :end], None if is_sharded(self.llm) else batch.shared
         past = self._virtual(len(mask) if shared is None else len(shared.firsts)) or DynamicCache()
         start = 0
@@ -218,8 +234,8 @@ class Elmd(nn.Module):
             # The cache's columns stand for what is shared; in the rest of each row it becomes padding.
             mask = mask & (batch.positions[:, :end] >= start)
             mask[:, :start] = True
-        output = self._run(embeddings[:, start:end], mask, batch.positions[:, start:end], past, keep=1)
-        return output.logits[:, -1].float(), past, mask
+        output = self._run(embeddings[:, start:], mask, batch.positions[:, start:end], past, keep=1)
+        return output.logits[:, -1].float(), Read(past, mask)
 
     def _run(self, embeddings: Tensor, mask: Tensor, positions: Tensor, past: DynamicCache | None, keep: int) -> Any:
         return self.llm(

@@ -12,11 +12,13 @@ from elmd.config import Config, plain
 from elmd.data.examples import Examples
 from elmd.errors import CheckpointError, ConfigError
 from elmd.labels import EMOTIONS
-from elmd.log import table
+from elmd.log import logger, table
 from elmd.metrics.emotion import emotion_scores
 from elmd.models.elmd import Elmd
 from elmd.models.inference import predict_emotions
+from elmd.models.kept import kept_bytes
 from elmd.models.projector import Projector
+from elmd.models.sharding import sharding
 from elmd.stages.base import Depends, Job, Outcome, Stage
 from elmd.stages.parts import Parts, depends_on_parts, load_parts, place
 from elmd.training.artifacts import write_json
@@ -33,7 +35,7 @@ def depends(cfg: Config) -> Depends:
             where="stage",
             fix="choose a vision=… that sees video, or go on with stage=eerg",
         )
-    unread = ("micro_tokens", "checkpoint_every", "projector_from")
+    unread = ("micro_tokens", "checkpoint_every", "projector_from", "keep_prompts")
     rep = {key: value for key, value in plain(cfg.rep).items() if key not in unread}
     files = {"projector": Path(cfg.rep.projector_from)} if cfg.rep.projector_from else {}
     return depends_on_parts(cfg) | Depends(config={"rep": rep}, files=files, seed=cfg.seed)
@@ -62,6 +64,16 @@ def run(cfg: Config, job: Job) -> Outcome:
         scores = _scores(model, parts, selection, cfg, job)
         return {key: scores[key] for key in ("accuracy", "weighted_f1")}
 
+    free = sum(len(row.before) for row in train.rows)
+    if cfg.rep.keep_prompts:
+        if sharding(job.accelerator):
+            raise ConfigError(
+                "processes that share the language model out must run it equally often",
+                where="rep.keep_prompts",
+                fix="leave it false with FSDP",
+            )
+        size = kept_bytes(parts.llm, free) / 1e9
+        logger.info("prompts are kept: %.1f GB of main memory for %d tokens, over all processes", size, free)
     steps = cfg.rep.epochs * math.ceil(len(train) / cfg.rep.batch_size)
     assert model.projector is not None
     task = TokenTask(
@@ -73,6 +85,7 @@ def run(cfg: Config, job: Job) -> Outcome:
         micro_tokens=cfg.rep.micro_tokens,
         seed=cfg.seed,
         evaluate=evaluate,
+        keep_prompts=cfg.rep.keep_prompts,
     )
     plan = Plan(
         rates={"projector": cfg.rep.lr},
@@ -88,8 +101,7 @@ def run(cfg: Config, job: Job) -> Outcome:
     )
     fit(task, plan, job.folder, job.accelerator, "REP")
     outcome = _finish(model, parts, cfg, job)
-    free, tokens = sum(len(row.before) for row in train.rows), sum(train.lengths)
-    outcome.metrics["share_of_tokens_without_gradient"] = free / tokens
+    outcome.metrics["share_of_tokens_without_gradient"] = free / sum(train.lengths)
     outcome.counts |= {"train": len(train), "train_without_clip": len(parts.split("train")) - len(train)}
     return outcome
 

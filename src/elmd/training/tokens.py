@@ -14,6 +14,7 @@ from elmd.data.collate import pack
 from elmd.data.examples import Examples
 from elmd.models.elmd import Elmd
 from elmd.models.inference import Packable, over
+from elmd.models.kept import KeptPrompts
 from elmd.models.sharding import in_step, sharding
 from elmd.training.loop import Batch
 
@@ -81,25 +82,45 @@ class PackedTask:
         shares = [pack(lengths, order[one::world], self.micro_tokens, before=self.before) for one in range(world)]
         for positions, counts in in_step(shares, rank, level=sharding(self.accelerator)):
             micro = self.micro_batch(positions).to(self.accelerator.device)
-            yield self.model.loss(micro).sum() * counts, sum(lengths[i] for i in positions) * counts
+            yield self.loss(micro, positions).sum() * counts, sum(lengths[i] for i in positions) * counts
+
+    def loss(self, micro: Any, positions: Sequence[int]) -> Tensor:
+        """Of the samples at `positions`, each [B]."""
+        return self.model.loss(micro)
 
     def micro_batch(self, positions: Sequence[int]) -> Any:
         return self.examples.batch(positions)
 
 
 class TokenTask(PackedTask):
-    """ELMD's: without an adapter only the projector trains, and the tokens before the slots run without gradient."""
+    """ELMD's: without an adapter only the projector trains, and the tokens before the slots run without gradient.
 
+    Args:
+        keep_prompts: run those tokens in the first epoch only, and keep their keys and values.
+    """
+
+    model: Elmd
     examples: Examples
 
     def __init__(
-        self, model: Elmd, modules: Mapping[str, nn.Module], examples: Examples, accelerator: Accelerator, **how: Any
+        self,
+        model: Elmd,
+        modules: Mapping[str, nn.Module],
+        examples: Examples,
+        accelerator: Accelerator,
+        *,
+        keep_prompts: bool = False,
+        **how: Any,
     ):
         before = [len(row.before) for row in examples.rows] if model.adapter is None else None
         super().__init__(model, modules, examples, accelerator, before=before, **how)
+        self.kept = KeptPrompts() if keep_prompts else None
 
     def micro_batch(self, positions: Sequence[int]) -> Any:
         return self.examples.batch(positions, split=self.before is not None)
+
+    def loss(self, micro: Any, positions: Sequence[int]) -> Tensor:
+        return self.model.loss(micro, None if self.kept is None else self.kept(self.model, micro, positions))
 
 
 @torch.no_grad()
