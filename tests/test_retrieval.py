@@ -8,7 +8,9 @@ import shutil
 import socket
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,9 @@ from elmd.data.samples import save_samples
 from elmd.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from elmd.labels import Emotion
 from elmd.losses import retriever_loss
-from elmd.retrieval import load_retriever
+from elmd.retrieval import load_retriever, retriever
 from elmd.retrieval.index import Index, Queries, demonstrations, load_demonstrations, save_demonstrations
-from elmd.retrieval.retriever import add_separation, cut_texts, embed, encode, separation_of
+from elmd.retrieval.retriever import Tokens, add_separation, cut_texts, embed, encode, groups, separation_of
 from elmd.retrieval.self_separation import SelfSeparation
 from elmd.stages import erm as erm_stage
 from elmd.stages import index as index_stage
@@ -255,10 +257,9 @@ def indexed() -> tuple[list[Sample], list[Sample], Tensor, Index]:
     return samples, train, vectors, Index.build(train, {"e_u": vectors[: len(train)]})
 
 
-@pytest.mark.parametrize("block", [1, 7, 1000])
-def test_search_equals_the_loop_and_never_meets_the_own_dialogue(indexed: Any, block: int) -> None:
+def test_search_equals_the_loop_and_never_meets_the_own_dialogue(indexed: Any) -> None:
     samples, train, vectors, index = indexed
-    found = index.search("e_u", Queries.of(vectors, samples), 3, block=block)
+    found = index.search("e_u", Queries.of(vectors, samples), 3)
     for i, sample in enumerate(samples):
         assert found.positions[i].tolist() == slow_search(vectors[: len(train)], train, vectors[i], sample, 3)
         assert sample.dialogue not in {train[p].dialogue for p in found.positions[i].tolist()}
@@ -610,11 +611,72 @@ def test_a_split_without_samples_is_an_error_that_names_it(bert: Path, tmp_path:
         run_stages(config(bert), folder, tmp_path / "runs")
 
 
-def test_embedding_in_groups_has_the_gradient_of_one_pass(trained: SentenceTransformer) -> None:
-    found = []
-    for group in (2, 100):
-        trained.zero_grad()
-        embed(trained, TEXTS, group=group).e_u.square().sum().backward()
-        found.append([p.grad.clone() for p in trained.parameters() if p.grad is not None])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+# --- A batch in groups of like length ------------------------------------------------------------------------------
+
+
+def loss_and_gradients(task: Erm, e_u: Tensor, batch: Sequence[int]) -> dict[str, Tensor]:
+    for module in task.modules.values():
+        module.zero_grad()
+    loss = task.loss(e_u, batch)
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(task)}
+
+
+@pytest.mark.parametrize("overhead", [0, 1, 20, 10**6])
+def test_groups_have_loss_and_gradient_of_one_padded_batch_and_of_one_by_one(
+    trained: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, overhead: int
+) -> None:
+    monkeypatch.setitem(retriever.PASS_TOKENS, "cpu", overhead)
+    task = make_task(trained)
+    task.texts = [text * (1 + i % 4) for i, text in enumerate(task.texts)]
+    task.tokens = Tokens(trained, task.texts)
+    batch = [3, 17, 8, 30, 11, 26, 5, 20, 14]
+    texts = [task.texts[i] for i in batch]
+    passes = []
+    with monkeypatch.context() as patch:
+        forward = trained[0].forward
+        patch.setattr(trained[0], "forward", lambda f, **k: passes.append(f["input_ids"].shape) or forward(f, **k))
+        e_u, run = embed(trained, task.tokens, batch)
+    assert sum(rows * columns for rows, columns in passes) == run
+    assert len(passes) == {0: 4, 10**6: 1}.get(overhead, len(passes))
+    found = loss_and_gradients(task, e_u, batch)
+    padded = trained(trained.preprocess(texts))["e_u"]
+    alone = torch.cat([trained(trained.preprocess([text]))["e_u"] for text in texts])
+    assert len(found) > 20
+    for other in (padded, alone):
+        for name, value in loss_and_gradients(task, other, batch).items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_group_is_what_the_tokenizer_makes_of_its_texts(trained: SentenceTransformer, side: str) -> None:
+    trained.tokenizer.padding_side = side
+    tokens = Tokens(trained, TEXTS)
+    for members in ([1, 2, 4], [5, 0], [3]):
+        batch, expected = tokens.batch(torch.tensor(members)), trained.preprocess([TEXTS[i] for i in members])
+        assert batch.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(batch[name], value) if isinstance(value, Tensor) else batch[name] == value
+
+
+def test_groups_cost_least_of_all_ways_to_cut() -> None:
+    for seed in range(30):
+        draw = random.Random(seed)
+        lengths = sorted(draw.choices([3, 5, 6, 9, 20, 60], k=draw.randint(1, 9)))
+        overhead = draw.choice([0, 4, 64, 1024])
+
+        def cost(ends: Sequence[int], lengths: list[int] = lengths, overhead: int = overhead) -> int:
+            return sum((b - a) * lengths[b - 1] + overhead for a, b in pairwise([0, *ends]))
+
+        n = len(lengths)
+        least = min(cost([*ends, n]) for r in range(n) for ends in combinations(range(1, n), r))
+        assert cost(groups(lengths, overhead)) == least
+        assert groups(lengths, overhead)[-1] == n
+
+
+def test_training_texts_are_tokenised_once(trained: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(trained)
+    monkeypatch.setattr(type(trained), "preprocess", lambda *_, **__: pytest.fail("tokenised again"))
+    for batch in task.batches(0):
+        ((_, tokens),) = task.losses(batch, 0, 1)
+        assert tokens >= sum(len(task.texts[i]) + 2 for i in batch)

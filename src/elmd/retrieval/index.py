@@ -1,4 +1,4 @@
-"""The index of training utterances, exact search without leaks, and the demonstrations it yields (§3.3 end).
+"""The index of training utterances, search without leaks, and the demonstrations it yields (§3.3 end).
 
 N candidates, Q queries. Candidates are training samples only. A query never meets itself or its own dialogue: that
 would hand the model the very response it is to write.
@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +19,10 @@ from torch import Tensor
 
 from elmd.errors import ArtifactError, DataError
 from elmd.labels import Emotion
+from elmd.retrieval.nearest import Neighbours, Pairs, nearest, nearly_nearest
 from elmd.types import Demonstration, Sample
 
 VECTORS, IDS, DEMONSTRATIONS = "index.safetensors", "ids.json", "demonstrations.jsonl"
-
-
-class Neighbours(NamedTuple):
-    """The k nearest candidates of each query, nearest first: positions [Q, k] and cosines [Q, k]."""
-
-    positions: Tensor
-    similarity: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,8 @@ class Queries:
 class Index:
     """Candidates in a fixed order.
 
-    Cosines are computed in double precision and rounded to fp32, so they do not depend on how queries fall into
-    blocks, and equal vectors tie exactly; of ties the candidate that stands first wins.
+    Cosines are those of double precision, rounded to fp32, so they do not depend on how queries fall into blocks, and
+    equal vectors tie exactly; of ties the candidate that stands first wins.
 
     Attributes:
         ids, dialogues: of the candidate samples [N].
@@ -100,7 +93,7 @@ class Index:
         return index
 
     def search(
-        self, key: str, queries: Queries, k: int, *, allow_same_dialogue: bool = False, block: int = 1024
+        self, key: str, queries: Queries, k: int, *, allow_same_dialogue: bool = False, approximately: bool = False
     ) -> Neighbours:
         """The k nearest candidates of each query by cosine (§3.3 end).
 
@@ -109,40 +102,47 @@ class Index:
             queries: Q queries.
             k: how many.
             allow_same_dialogue: lift the exclusion of the query itself and its dialogue; exists to show the leak.
-            block: queries per matrix product.
+            approximately: by FAISS, which may miss some (see `nearest.nearly_nearest`).
 
         Raises:
-            DataError: fewer than k candidates are left to a query.
+            DataError: fewer than k candidates are left to a query, or a vector is not finite.
+            ConfigError: `approximately`, and FAISS is not installed.
         """
+        rows = self._rows(key)
+        unit = F.normalize(queries.vectors.double(), dim=-1)
+        if not (unit.sum() + rows.sum()).isfinite():
+            raise DataError("a vector is not finite", where=f"key {key}", fix="train the retriever again: stage=erm")
+        excluded = self._excluded(queries)
+        if allow_same_dialogue:
+            excluded = Pairs(*(column[:0] for column in excluded))
+        left = len(self.ids) - excluded.rows.bincount(minlength=len(queries.ids))
+        if (left < k).any():
+            worst = int(left.argmin())
+            raise DataError(
+                f"{k} to be retrieved, but only {int(left[worst])} of {len(self.ids)} training samples are outside "
+                "its own dialogue",
+                where=f"sample {queries.ids[worst]}",
+                fix="train on more dialogues, or lower retriever.k",
+            )
+        return (nearly_nearest if approximately else nearest)(rows, unit, excluded, k)
+
+    def _excluded(self, queries: Queries) -> Pairs:
+        """Each query with itself and with the candidates of its dialogue."""
         numbers = {name: i for i, name in enumerate(dict.fromkeys([*self.dialogues, *queries.dialogues]))}
         place = {name: i for i, name in enumerate(self.ids)}
-        candidates = torch.tensor([numbers[name] for name in self.dialogues])
-        own = torch.tensor([numbers[name] for name in queries.dialogues])[:, None]
-        itself = torch.tensor([place.get(name, -1) for name in queries.ids])[:, None]
-        found = []
-        for start in range(0, len(queries.ids), block):
-            part = slice(start, start + block)
-            scores = self.similarity(key, queries.vectors[part])
-            if not allow_same_dialogue:
-                excluded = (own[part] == candidates) | (itself[part] == torch.arange(len(candidates)))
-                scores.masked_fill_(excluded, -torch.inf)
-            left = scores.isfinite().sum(dim=1)
-            if (left < k).any():
-                worst = int(left.argmin())
-                raise DataError(
-                    f"{k} to be retrieved, but only {int(left[worst])} of {len(self.ids)} training samples are outside "
-                    "its own dialogue",
-                    where=f"sample {queries.ids[start + worst]}",
-                    fix="train on more dialogues, or lower retriever.k",
-                )
-            rows, best = torch.arange(len(scores)), []
-            for _ in range(k):
-                position = scores.argmax(dim=1)  # the first of several maxima
-                best.append((position, scores[rows, position]))
-                scores[rows, position] = -torch.inf
-            found.append([torch.stack(column, dim=1) for column in zip(*best, strict=True)])
-        positions, similarity = (torch.cat(column) for column in zip(*found, strict=True))
-        return Neighbours(positions, similarity)
+        dialogues = torch.tensor([numbers[name] for name in self.dialogues])
+        own = torch.tensor([numbers[name] for name in queries.dialogues])
+        itself = torch.tensor([place.get(name, -1) for name in queries.ids])
+        # Candidates by dialogue: those of dialogue n are the `sizes[n]` from `starts[n]` on.
+        by_dialogue, sizes = dialogues.argsort(stable=True), dialogues.bincount(minlength=len(numbers))
+        starts = sizes.cumsum(0) - sizes
+        rows = torch.arange(len(own)).repeat_interleave(sizes[own])
+        nth = torch.arange(len(rows)) - (sizes[own].cumsum(0) - sizes[own])[rows]
+        columns = by_dialogue[starts[own][rows] + nth]
+        elsewhere = ((itself >= 0) & (dialogues[itself] != own)).nonzero()[:, 0]
+        rows, columns = torch.cat([rows, elsewhere]), torch.cat([columns, itself[elsewhere]])
+        order = rows.argsort(stable=True)
+        return Pairs(rows[order], columns[order])
 
     def similarity(self, key: str, vectors: Tensor) -> Tensor:
         """Cosines [Q, N] in fp32 of the vectors [Q, width] with every candidate; nothing is excluded.
@@ -150,13 +150,16 @@ class Index:
         Raises:
             DataError: the index does not hold this key.
         """
+        return (F.normalize(vectors.double(), dim=-1) @ self._rows(key).double().T).float()
+
+    def _rows(self, key: str) -> Tensor:
         if key not in self.vectors:
             raise DataError(
                 f"the index has no key {key!r}, only {', '.join(sorted(self.vectors))}",
                 where="retriever.key",
                 fix="choose one of these, or train a retriever with self-separation",
             )
-        return (F.normalize(vectors.double(), dim=-1) @ self.vectors[key].double().T).float()
+        return self.vectors[key]
 
 
 def demonstrations(
@@ -168,6 +171,7 @@ def demonstrations(
     key: str,
     k: int,
     allow_same_dialogue: bool = False,
+    approximately: bool = False,
 ) -> dict[str, list[Demonstration]]:
     """The demonstration(s) R of each sample: responses r' of the nearest u', nearest first (§3.3 end).
 
@@ -175,9 +179,11 @@ def demonstrations(
         candidates: the indexed samples, by id.
         samples: Q samples of any split.
         vectors: of their utterances [Q, width].
-        key, k, allow_same_dialogue: see `Index.search`.
+        key, k, allow_same_dialogue, approximately: see `Index.search`.
     """
-    found = index.search(key, Queries.of(vectors, samples), k, allow_same_dialogue=allow_same_dialogue)
+    found = index.search(
+        key, Queries.of(vectors, samples), k, allow_same_dialogue=allow_same_dialogue, approximately=approximately
+    )
     result: dict[str, list[Demonstration]] = {}
     for sample, positions, similarity in zip(samples, found.positions.tolist(), found.similarity.tolist(), strict=True):
         sources = [candidates[index.ids[position]] for position in positions]

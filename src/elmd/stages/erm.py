@@ -22,7 +22,7 @@ from elmd.log import table
 from elmd.losses import retriever_loss
 from elmd.metrics.retrieval import match_scores
 from elmd.retrieval.index import Index
-from elmd.retrieval.retriever import add_separation, cut_texts, embed, encode, load_retriever, separation_of
+from elmd.retrieval.retriever import Tokens, add_separation, cut_texts, embed, encode, load_retriever, separation_of
 from elmd.stages.base import Depends, Job, Outcome, Stage, checkpoint_path, standin
 from elmd.training.artifacts import replace_folder
 from elmd.training.loop import Batch, Plan, fit
@@ -131,7 +131,7 @@ def run(cfg: Config, job: Job) -> Outcome:
     return Outcome(metrics=metrics, primary="emotion_match@1", counts=counts)
 
 
-STAGE = Stage("erm", 1, depends, run)
+STAGE = Stage("erm", 2, depends, run)  # 2: other groups of a batch, and so other draws of dropout
 
 
 class Erm:
@@ -162,6 +162,7 @@ class Erm:
     ):
         self.model, self.train, self.selection = model, train, selection
         self.texts = [sample.utterance.text for sample in train]
+        self.tokens = Tokens(model, self.texts)
         self.labels = [INDEX[sample.utterance.emotion] for sample in train]
         self.batch_size, self.seed = batch_size, seed
         self.temperature, self.one_positive = temperature, one_positive
@@ -185,8 +186,8 @@ class Erm:
         sizes = [len(batch) // world + (r < len(batch) % world) for r in range(world)]
         start = sum(sizes[:rank])
         # A rank without a share still encodes a text: it must take part in the gathering.
-        mine = [self.texts[i] for i in batch[start : start + sizes[rank]]] or [self.texts[batch[0]]]
-        e_u, tokens = embed(self.model, mine)
+        mine = batch[start : start + sizes[rank]] or batch[:1]
+        e_u, tokens = embed(self.model, self.tokens, mine)
         yield self.loss(gather_rows(e_u[: sizes[rank]], sizes, rank), batch) / world, tokens
 
     def loss(self, e_u: Tensor, batch: Batch) -> Tensor:

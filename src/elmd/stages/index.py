@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elmd.config import Config
+from torch import Tensor
+
+from elmd.config import Config, Search
 from elmd.data.samples import load_samples
-from elmd.errors import DataError
-from elmd.log import table
-from elmd.retrieval.index import DEMONSTRATIONS, Index, demonstrations, save_demonstrations
+from elmd.errors import ConfigError, DataError
+from elmd.log import logger, table
+from elmd.retrieval.index import DEMONSTRATIONS, Index, Queries, demonstrations, save_demonstrations
+from elmd.retrieval.nearest import load_faiss
 from elmd.retrieval.retriever import encode, load_retriever
 from elmd.stages.base import Depends, Job, Outcome, Stage
 from elmd.types import SPLITS, Demonstration, Sample
 
+#: Candidates up to which search=auto is exact.
+MANY = 100_000
+#: Queries that recall is measured on.
+RECALLED = 1000
+
 
 def depends(cfg: Config) -> Depends:
+    # How many candidates there are, and so what auto comes to, is known by prepare; a choice counts by itself.
+    chosen = {} if cfg.retriever.search is Search.auto else {"search": cfg.retriever.search.value}
     return Depends(
         config={
             "k": cfg.retriever.k,
             "key": cfg.retriever.key.value,
             "allow_same_dialogue": cfg.retriever.allow_same_dialogue,
+            **chosen,
         },
         upstream=["prepare", "erm"],
     )
@@ -36,16 +48,26 @@ def run(cfg: Config, job: Job) -> Outcome:
     train = [i for i, sample in enumerate(samples) if sample.split == "train"]
     if not train:
         raise DataError("there is no training sample to index", where=path, fix="look at what stage=prepare counted")
+    nearly = approximately(cfg.retriever.search, len(train))
     model = load_retriever(job.upstream["erm"] / "model", device=job.accelerator.device)
     vectors = encode(model, [sample.utterance.text for sample in samples], what="encode utterances")
     candidates = {samples[i].id: samples[i] for i in train}
     index = Index.build(list(candidates.values()), {name: rows[train] for name, rows in vectors.items()})
-    found = demonstrations(index, candidates, samples, vectors[key], key=key, k=k, allow_same_dialogue=leak)
+    found = demonstrations(
+        index, candidates, samples, vectors[key], key=key, k=k, allow_same_dialogue=leak, approximately=nearly
+    )
     index.save(job.folder)
     save_demonstrations(job.folder / DEMONSTRATIONS, found)
 
     by_split = {split: [sample for sample in samples if sample.split == split] for split in SPLITS}
     report: dict[str, Any] = {split: audit(some, candidates, found, leak) for split, some in by_split.items() if some}
+    if nearly:
+        for split, row in recall(index, samples, vectors[key], found, key=key, k=k, allow_same_dialogue=leak).items():
+            report[split] |= row
+            logger.info(
+                "%s: FAISS finds %.1f %% of the %d nearest (%d queries searched exactly, too)",
+                split, 100 * row[f"recall@{k}"], k, row["recall_queries"],
+            )  # fmt: skip
     counts: dict[str, Any] = {split: len(some) for split, some in by_split.items()} | {
         "candidates": len(candidates),
         "demonstrations": sum(map(len, found.values())),
@@ -65,6 +87,57 @@ def run(cfg: Config, job: Job) -> Outcome:
 
 
 STAGE = Stage("index", 1, depends, run)
+
+
+def approximately(search: Search, candidates: int) -> bool:
+    """Whether FAISS searches that many candidates.
+
+    Raises:
+        ConfigError: it is asked for and not installed.
+    """
+    if search is Search.exact or (search is Search.auto and candidates <= MANY):
+        return False
+    try:
+        load_faiss()
+    except ConfigError:
+        if search is Search.faiss:
+            raise
+        logger.warning(
+            "%d candidates are searched exactly; pip install 'elmd[faiss]' has more than %d searched faster, with "
+            "measured recall",
+            candidates,
+            MANY,
+        )
+        return False
+    return True
+
+
+def recall(
+    index: Index,
+    samples: Sequence[Sample],
+    vectors: Tensor,
+    found: Mapping[str, Sequence[Demonstration]],
+    *,
+    key: str,
+    k: int,
+    allow_same_dialogue: bool = False,
+) -> dict[str, dict[str, float]]:
+    """What share of what an approximate search found is as near as the k-th nearest of the exact one.
+
+    Returns:
+        By split: `recall@k`, and of how many queries (up to 1000 in all, drawn by the sample's place).
+    """
+    by_split = {split: [i for i, one in enumerate(samples) if one.split == split] for split in SPLITS}
+    result: dict[str, dict[str, float]] = {}
+    for split, members in by_split.items():
+        if not members:
+            continue
+        drawn = sorted(random.Random(0).sample(members, min(len(members), RECALLED // len(SPLITS))))
+        queries = Queries.of(vectors[drawn], [samples[i] for i in drawn])
+        exact = index.search(key, queries, k, allow_same_dialogue=allow_same_dialogue).similarity[:, -1].tolist()
+        hits = [one.similarity >= least for i, least in zip(drawn, exact, strict=True) for one in found[samples[i].id]]
+        result[split] = {f"recall@{k}": _mean(hits), "recall_queries": len(drawn)}
+    return result
 
 
 def audit(
