@@ -20,7 +20,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm2_reference import FIXED, PTUNING, logits, random_checkpoint, write_shards
-from elmd.data.collate import IGNORED, Batch
+from elmd.data.collate import IGNORED, Batch, places
 from elmd.errors import CheckpointError
 from elmd.models.adapter import Prefix
 from elmd.models.convert import shards
@@ -64,7 +64,10 @@ def test_equals_the_reference(tmp_path: Path, sizes: dict[str, int], count: int,
 
     llm, _ = load_llm(dst)
     ids, mask, positions = padded(3, config["padded_vocab_size"])
-    batch = Batch(ids, torch.zeros_like(ids).bool(), mask.bool(), positions, torch.full_like(ids, IGNORED), None, 10)
+    labels = torch.full_like(ids, IGNORED)
+    batch = Batch(
+        ids, torch.zeros_like(ids).bool(), mask.bool(), positions, labels, None, keep=10, at=places(labels, 10)
+    )  # fmt: skip
     table = weights["transformer.prefix_encoder.embedding.weight"]
     for model, prefix in ((Elmd(llm), None), (Elmd.load(dst, llm).eval(), table)):
         ours = model(batch, keep=11).logits

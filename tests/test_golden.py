@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 
 from chatglm2_reference import logits as reference
-from elmd.data.collate import IGNORED, Batch
+from elmd.data.collate import IGNORED, Batch, places
 from elmd.models.convert.chatglm2 import CHATGLM2_6B, convert_chatglm2, native_config, translator, wanted_shapes
 from elmd.models.elmd import Elmd
 from elmd.models.inference import greedy
@@ -57,7 +57,8 @@ def batch(ids: Tensor, mask: Tensor | None = None, labels: Tensor | None = None)
     mask = torch.ones_like(ids) if mask is None else mask
     labels = torch.full_like(ids, IGNORED) if labels is None else labels
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return Batch(ids, torch.zeros_like(ids).bool(), mask.bool(), positions, labels, None, ids.shape[1] - 1)
+    keep = ids.shape[1] - 1
+    return Batch(ids, torch.zeros_like(ids).bool(), mask.bool(), positions, labels, None, keep, places(labels, keep))
 
 
 @pytest.mark.parametrize("prefixed", [False, True])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +385,35 @@ def test_pack_keeps_the_budget_and_every_row() -> None:
     assert [i for group in groups for i in group] == order
     assert all(max(lengths[i] for i in g) * len(g) <= 100 for g in groups)
     assert len(groups) < 40
+    assert pack([500], [0], 100) == [[0]], "a row longer than the budget"
+    assert pack([], [], 100) == []
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("cost", [0, 30, 1000])
+def test_pack_finds_the_cheapest_cut(split: bool, cost: int) -> None:
+    draw = random.Random(2)
+    for _ in range(20):
+        before = [draw.randrange(30) for _ in range(8)]
+        lengths = [head + draw.randrange(1, 40) for head in before]
+        order = sorted(range(8), key=lengths.__getitem__, reverse=draw.random() < 0.5)
+
+        def tokens(group: list[int]) -> int:
+            heads = [before[i] if split else 0 for i in group]  # noqa: B023
+            tails = [lengths[i] - head for i, head in zip(group, heads, strict=True)]  # noqa: B023
+            return len(group) * (max(heads) + max(tails))
+
+        cheapest = math.inf
+        for cuts in itertools.product([False, True], repeat=7):
+            groups = [[order[0]]]
+            for i, cut in zip(order[1:], cuts, strict=True):
+                groups += [[i]] if cut else []
+                groups[-1] += [] if cut else [i]
+            if all(tokens(group) <= 200 or len(group) == 1 for group in groups):
+                cheapest = min(cheapest, sum(tokens(group) + cost for group in groups))
+        found = pack(lengths, order, 200, before=before if split else None, cost=cost)
+        assert [i for group in found for i in group] == order
+        assert sum(tokens(group) + cost for group in found) == cheapest
 
 
 def test_pack_keeps_the_budget_of_split_batches() -> None:
@@ -395,7 +424,7 @@ def test_pack_keeps_the_budget_of_split_batches() -> None:
     groups = pack(lengths, order, 100, before=[len(row.before) for row in rows])
     assert [i for group in groups for i in group] == order
     sizes = [collate([rows[i] for i in g], [torch.zeros(3, 2)] * len(g), split=True).ids.numel() for g in groups]
-    assert max(sizes) <= 100 < max(a + b for a, b in pairwise(sizes))
+    assert max(sizes) <= 100
 
 
 def test_token_loss_is_the_mean_over_all_target_tokens(llm, encoder) -> None:

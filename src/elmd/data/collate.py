@@ -55,6 +55,7 @@ class Batch:
         labels: [B, L] long, `IGNORED` but at target tokens.
         visual: [number of slots, q] features in row order, or None where no row has slots.
         keep: how many of the last columns carry targets.
+        at: where among these columns the targets are: their places [N] in the flattened [B, keep].
         free: no visual token stands in so many first columns.
         shared: what rows have in common in the columns that are read without gradient: the `free` ones, or all of
             them where no row has a target.
@@ -67,6 +68,7 @@ class Batch:
     labels: Tensor
     visual: Tensor | None
     keep: int
+    at: Tensor
     free: int = 0
     shared: Beginning | None = None
 
@@ -113,9 +115,15 @@ def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None], *, split: 
         labels=labels,
         visual=torch.cat(features) if features else None,
         keep=keep,
+        at=places(labels, keep),
         free=free,
         shared=shared_beginning(*(x[:, : free or length] for x in (ids, slots, mask))) if free or not keep else None,
     )
+
+
+def places(labels: Tensor, keep: int) -> Tensor:
+    """Where the targets are among the last `keep` columns: their places [N] in the flattened [B, keep]."""
+    return (labels[:, labels.shape[1] - keep :] != IGNORED).flatten().nonzero()[:, 0]
 
 
 def shared_beginning(ids: Tensor, slots: Tensor, mask: Tensor) -> Beginning | None:
@@ -152,26 +160,42 @@ def shared_beginning(ids: Tensor, slots: Tensor, mask: Tensor) -> Beginning | No
     return Beginning(length, order[new], which)
 
 
+#: What a pass of the model costs beside its own tokens, in tokens: its weights are read and its kernels started anew.
+#: About 100 on a CPU; on a GPU, by the ratio of its bandwidth to its arithmetic, a few hundred.
+PASS = 256
+
+
 def pack(
-    lengths: Sequence[int], order: Sequence[int], budget: int, *, before: Sequence[int] | None = None
+    lengths: Sequence[int], order: Sequence[int], budget: int, *, before: Sequence[int] | None = None, cost: int = PASS
 ) -> list[list[int]]:
     """Cut `order` (positions, sorted by length) into groups of at most `budget` tokens, padding included.
 
-    A row longer than the budget gets a group of its own.
+    Of all such cuts, that which costs least: the tokens of all groups, padding included, and `cost` for each group. A
+    row longer than the budget gets a group of its own.
 
     Args:
         before: of each row's tokens, how many lie before its slots, where batches are to be split there: both sides
             are then padded apart.
+        cost: tokens that one more group may spare and is still not worth it.
     """
+    # For each number of rows from the start: the least cost, and where its last group begins.
+    least, begins = [0], [0]
+    for end in range(1, len(order) + 1):
+        left = right = 0  # columns of the group from `begin` to `end`, before and from the slots on
+        found: list[tuple[int, int]] = []
+        for begin in range(end - 1, -1, -1):
+            head = before[order[begin]] if before else 0
+            left, right = max(left, head), max(right, lengths[order[begin]] - head)
+            size = (left + right) * (end - begin)
+            if found and size > budget:
+                break
+            found.append((least[begin] + size + cost, begin))
+        total, begin = min(found)
+        least.append(total)
+        begins.append(begin)
     groups: list[list[int]] = []
-    left = right = 0  # columns of the last group, before and from the slots on
-    for i in order:
-        head = before[i] if before else 0
-        wider = max(left, head), max(right, lengths[i] - head)
-        if groups and sum(wider) * (len(groups[-1]) + 1) <= budget:
-            groups[-1].append(i)
-            left, right = wider
-        else:
-            groups.append([i])
-            left, right = head, lengths[i] - head
-    return groups
+    end = len(order)
+    while end:
+        groups.append(list(order[begins[end] : end]))
+        end = begins[end]
+    return groups[::-1]

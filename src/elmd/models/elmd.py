@@ -97,12 +97,13 @@ class Elmd(nn.Module):
         assert self.projector is not None, "a batch with visual tokens needs a projector"
         return words.masked_scatter(batch.slots.unsqueeze(-1), self.projector(batch.visual).to(words.dtype))
 
-    def forward(self, batch: Batch, *, keep: int, read: Read | None = None) -> Any:
-        """The language model's output for a batch, with logits at the last `keep` columns only.
+    def forward(self, batch: Batch, *, keep: int, at: Tensor | None = None, read: Read | None = None) -> Any:
+        """The language model's output for a batch, with logits [B, keep, vocabulary] of the last `keep` columns only.
 
         Real tokens have positions from 0 whatever the prefix, as in the original P-Tuning v2 of ChatGLM2.
 
         Args:
+            at: logits [N, vocabulary] of these places among the flattened [B, keep] alone.
             read: what `self.read(batch)` gives, where it is known already.
         """
         mask, start = batch.mask, 0
@@ -113,14 +114,17 @@ class Elmd(nn.Module):
         embeddings = self.embed(batch)
         if past is not None:
             past = fixed(past)
-        with self._layers():
+        with self._layers(), self._head(at):
             return self._run(embeddings[:, start:], mask, batch.positions[:, start:], past, keep)
 
     def loss(self, batch: Batch, read: Read | None = None) -> Tensor:
         """Negative log-likelihood of each row's target tokens, *summed* (eq. 10, 11); [B] float32."""
-        logits = self(batch, keep=batch.keep + 1, read=read).logits[:, :-1].float()
-        labels = batch.labels[:, -batch.keep :]
-        return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(-1)
+        keep, rows = batch.keep, batch.at // batch.keep
+        # The column before a target predicts it, so of keep + 1 columns the last predicts none.
+        logits = self(batch, keep=keep + 1, at=batch.at + rows, read=read).logits  # [N, vocabulary]
+        labels = batch.labels[:, -keep:].flatten()[batch.at]
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        return losses.new_zeros(len(batch.ids)).index_add(0, rows, losses)
 
     @torch.no_grad()
     def score(self, batch: Batch, candidates: Sequence[Sequence[int]]) -> Tensor:
@@ -272,6 +276,24 @@ class Elmd(nn.Module):
         finally:
             for layer in layers:
                 del layer.forward  # the class's own again
+
+    @contextmanager
+    def _head(self, at: Tensor | None) -> Iterator[None]:
+        """Within it, the output layer sees the columns `at` only: at a vocabulary of 65 024, logits of padding and of
+        the tokens before shorter targets would be most of what a loss takes.
+        """
+        if at is None:
+            yield
+            return
+
+        def pick(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (inputs[0].flatten(0, 1)[at],)
+
+        hook = self.llm.get_output_embeddings().register_forward_pre_hook(pick)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _mask(self, mask: Tensor) -> Tensor:
         """[B, L] -> [B, P + L]: every row sees the whole prefix."""

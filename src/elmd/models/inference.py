@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from elmd.data.collate import Batch, pack
+from elmd.data.collate import PASS, Batch, pack
 from elmd.data.examples import Examples
 from elmd.log import progress
 from elmd.models.elmd import Choose, Elmd
@@ -50,14 +50,17 @@ def over(
     accelerator: Accelerator,
     what: str,
     function: Callable[[M, list[int]], Sequence[R]],
+    *,
+    cost: int = PASS,
 ) -> list[R]:
     """`function(batch, positions)` for every sample once; one result per sample, in order, on every rank.
 
     Args:
         budget: tokens per batch, padding included. The longest run first, so too large a budget shows at once.
+        cost: of one more batch, in tokens (see `pack`).
     """
     order = sorted(range(len(examples)), key=lambda i: (-examples.lengths[i], i))
-    groups, world = pack(examples.lengths, order, budget), accelerator.num_processes
+    groups, world = pack(examples.lengths, order, budget, cost=cost), accelerator.num_processes
     shares = [groups[rank::world] for rank in range(world)]
     todo = in_step(shares, accelerator.process_index, level=sharding(accelerator))
     found: list[tuple[int, R]] = []
@@ -107,7 +110,14 @@ def generate(
         new = model.generate(batch, choose, eos=eos, max_new_tokens=max_new_tokens, copies=copies)
         return [new[i : i + copies] * (len(seeds) // copies) for i in range(0, len(new), copies)]
 
-    return over(examples, budget // copies, accelerator, f"generate (seeds {', '.join(map(str, seeds))})", run)
+    return over(
+        examples,
+        budget // copies,
+        accelerator,
+        f"generate (seeds {', '.join(map(str, seeds))})",
+        run,
+        cost=PASS * max_new_tokens,
+    )
 
 
 def stream(seed: int, name: str) -> str:

@@ -74,6 +74,7 @@ def step_memory(
     virtual: int = 0,
     lora_rank: int = 0,
     free_tokens: int = 0,
+    target_tokens: int | None = None,
     checkpointing: bool = False,
 ) -> Memory:
     """The peak of the forward and backward pass of one micro-batch; a third of a second for a model of 6B.
@@ -83,11 +84,12 @@ def step_memory(
         dtype: of the language model.
         rows: B.
         length: L, padding included.
-        targets: columns whose logits are computed: the longest target and one.
+        targets: tokens of the longest target, and one.
         trainables: how many numbers train.
         virtual: P, of a prefix.
         lora_rank: of LoRA updates.
         free_tokens: first columns that are read without gradient (REP's causal split).
+        target_tokens: of all rows, which are the logits computed; None: all targets are as long as the longest.
         checkpointing: whether each layer is computed again for its backward pass.
 
     Raises:
@@ -103,7 +105,8 @@ def step_memory(
         adapter = _adapter(llm, virtual, lora_rank)
         model = _Sizes(llm, None, adapter, checkpointing=checkpointing).train()
         ids = torch.empty(rows, length, dtype=torch.long)
-    batch = Batch(ids, ids.bool(), ids.bool(), ids, ids, visual=None, keep=targets - 1, free=free_tokens)
+        at = torch.empty(rows * (targets - 1) if target_tokens is None else target_tokens, dtype=torch.long)
+    batch = Batch(ids, ids.bool(), ids.bool(), ids, ids, visual=None, keep=targets - 1, at=at, free=free_tokens)
     live, decoder = _Live(llm, model), _Decoder()
     llm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: decoder.done(live, inputs[0]))
     try:
@@ -204,9 +207,6 @@ class _Live(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._add(value.untyped_storage())
-        if func is torch.ops.aten._log_softmax.default and not args[0].is_contiguous():
-            # The kernels copy it first, out of this class's sight.
-            self.peak = max(self.peak, self.now + args[0].nbytes)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
