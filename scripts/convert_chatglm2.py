@@ -19,11 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from elmd import log
 from elmd.cli import guard
-from elmd.models.convert.chatglm2 import convert_chatglm2, convert_prefix
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,12 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.src is None and args.ptuning is None:
         parser.error("give SRC and DST, or DST and --ptuning")
     log.setup()
-    transformers.logging.set_verbosity_error()
     guard(lambda: convert(args.src, args.dst, args.ptuning))
     print(f"converted: {args.dst}")
 
 
 def convert(src: Path | None, dst: Path, ptuning: Path | None) -> None:
+    import transformers
+
+    from elmd.models.convert.chatglm2 import convert_chatglm2, convert_prefix
+
+    transformers.logging.set_verbosity_error()
     if src is None:
         assert ptuning is not None
         log.table(f"Converted {ptuning}", ["", "value"], [["virtual tokens", convert_prefix(ptuning, dst)]])

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from elmd import log
 from elmd.cli import guard
-from elmd.models.convert.visualglm import PROJECTION, convert_visualglm
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def convert(src: Path, dst: Path) -> None:
+    from elmd.models.convert.visualglm import PROJECTION, convert_visualglm
+
     result = convert_visualglm(src, dst)
     rows: list[list[object]] = [
         ["tensors", result.written.tensors],

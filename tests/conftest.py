@@ -36,21 +36,25 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random ChatGLM2-shaped model of two layers with its tokenizer."""
+    """See `write_llm`."""
+    return write_llm(tmp_path_factory.mktemp("llm"))
+
+
+def write_llm(folder: Path, layers: int = 2) -> Path:
+    """A random ChatGLM2-shaped model with its tokenizer."""
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
     from elmd.models.tokenizer import chatglm2_tokenizer, train_pieces
 
-    folder = tmp_path_factory.mktemp("llm")
     words = "高兴惊讶悲伤厌恶愤怒恐惧中性。：\n"
     tokenizer = chatglm2_tokenizer(train_pieces([line + words for line in LINES * 20], 400))
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = GlmConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, partial_rotary_factor=0.5, attention_bias=True, tie_word_embeddings=False,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, partial_rotary_factor=0.5, attention_bias=True,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
     )  # fmt: skip
     GlmForCausalLM(config).save_pretrained(folder)
     return folder

@@ -28,7 +28,8 @@ from elmd.config import AdapterKind, Config, VisionKind, plain
 from elmd.data.samples import save_samples
 from elmd.errors import ArtifactError, CheckpointError, ClipError, ConfigError, DataError
 from elmd.evaluation.score import read_predictions
-from elmd.export import export, main, model_card, read_job
+from elmd.export.__main__ import main
+from elmd.export.packing import export, model_card, read_job
 from elmd.models.adapter import Adapter, Lora, Prefix
 from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm

@@ -94,8 +94,11 @@ def typed(raw: DictConfig, *, checked: bool = True) -> Config:
 
 def run(cfg: Config, action: Action) -> None:
     """Start accelerate as the configuration says and act."""
+    # Read when transformers is loaded: not yet, since half of the stages do without it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
     import torch
-    import transformers
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     log.setup()
@@ -103,8 +106,6 @@ def run(cfg: Config, action: Action) -> None:
         log.logger.info("job %s of the sweep: %s", HydraConfig.get().job.num, HydraConfig.get().job.override_dirname)
     # peft still asks transformers under the old name; nothing a user could do about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     # The others wait for hours where rank 0 works alone, or for another job's lock.

@@ -24,7 +24,6 @@ from elmd.data.world import pretraining, topic_of, write_world
 from elmd.errors import DataError
 from elmd.log import table
 from elmd.stages.base import Depends, Job, Outcome, Stage
-from elmd.stages.parts import prompt_of
 from elmd.training.standins import hold_out, lessons, train_llm, train_retriever, train_tokenizer, train_vision
 from elmd.types import SPLITS, Sample
 
@@ -126,6 +125,8 @@ def llm_depends(cfg: Config) -> Depends:
 
 
 def llm_run(cfg: Config, job: Job) -> Outcome:
+    from elmd.stages.parts import prompt_of
+
     samples = text_samples(cfg, job)
     if not job.accelerator.is_main_process:
         return Outcome()

@@ -23,7 +23,6 @@ from elmd.data.encode import Encoder
 from elmd.data.faces import GEOMETRY, SIZE, Actor, describe, geometry
 from elmd.data.prompts import SLOTS, Prompt, Task, clean
 from elmd.log import bar
-from elmd.models.tokenizer import chatglm2_tokenizer, train_pieces
 from elmd.models.vision import VisionEncoder, VisionShape
 from elmd.types import Demonstration, Sample
 
@@ -127,6 +126,8 @@ def train_tokenizer(texts: Sequence[Lesson], vocab_size: int, *, coverage: float
     Args:
         coverage: share of the characters that get pieces; the rarest others are written in bytes.
     """
+    from elmd.models.tokenizer import chatglm2_tokenizer, train_pieces
+
     lines = []
     for lesson in texts:
         for text in (f"[Round 1]\n问：{lesson.content}\n答：".replace(SLOTS, "\n"), *lesson.scene, lesson.target):

@@ -1,11 +1,10 @@
-"""`python -m elmd.export JOB_FOLDER --out DIR`: pack a trained model with a model card, to share and to load.
+"""A job's folder as a pack with a model card.
 
 What a pack is stands in `elmd.pack`, which loads it; how to share one in docs/sharing_a_model.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 import re
@@ -18,8 +17,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from elmd import log
-from elmd.cli import guard
 from elmd.config import BOOTSTRAP, BaselineName
 from elmd.data.prompts import Prompt
 from elmd.data.samples import load_samples, save_samples
@@ -96,29 +93,6 @@ class Trained:
         """Where the language model or vision encoder lies that the run used."""
         path = self.config[role]["path"]
         return self.need(f"bootstrap/{role}") if path == BOOTSTRAP else Path(path)
-
-
-def main() -> None:
-    guard(_main)
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser("python -m elmd.export", description="Pack a trained model with a model card.")
-    parser.add_argument("job", type=Path, help="folder of a finished run: runs/experiments/NAME or …/NAME/JOB")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; an earlier export there is replaced")
-    parser.add_argument("--name", help="title of the model card; default: the experiment's name")
-    parser.add_argument(
-        "--license",
-        help="license of the trained weights, as the hub names them (apache-2.0, …); "
-        "default: that of the earlier export, else unknown",
-    )
-    parser.add_argument("--language", help="ISO code of the language of the dialogues; default: likewise, else zh")
-    parser.add_argument(
-        "--no-index", action="store_true", help="leave out the training texts; replies then have no demonstration"
-    )
-    given = parser.parse_args()
-    log.setup()
-    print(f"artifact: {export(given.job, given.out, given.name, given.license, given.language, not given.no_index)}")
 
 
 def export(
@@ -506,7 +480,3 @@ def _line(text: str) -> str:
 def _plain(text: str) -> str:
     """A user's text as Markdown that shows exactly it."""
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(_line(text), quote=False))
-
-
-if __name__ == "__main__":
-    main()

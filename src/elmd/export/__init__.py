@@ -1,0 +1,1 @@
+"""`python -m elmd.export …`: a trained model as a folder of its own, to share and to load."""
