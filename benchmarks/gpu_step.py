@@ -44,10 +44,10 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if not __package__:  # run as a file: neither this package nor, without an installation, elmd is on the path
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "src")]
@@ -55,23 +55,13 @@ if not __package__:  # run as a file: neither this package nor, without an insta
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read as torch is loaded: its profiler tells of itself at length
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM
 
-from benchmarks.samples import CPED_LONGEST, SLOTS, WIDTH, Lengths, MadeUp, drawn, read
-from elmd.data.collate import IGNORED, Batch, pack
+from benchmarks.samples import CPED_LONGEST, SLOTS, Lengths, drawn, read
+from benchmarks.ways import REP_TARGET, SCALES, Samples, Scale, Step, Task, language_model, peak_bytes
 from elmd.errors import ElmdError
-from elmd.models.adapter import Prefix
-from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
-from elmd.models.elmd import Elmd
 from elmd.models.llm import freeze, pick_dtype
-from elmd.models.memory import step_memory
-from elmd.models.projector import Projector
-from elmd.models.vision import VisionEncoder, VisionShape, pool
-from elmd.training.tokens import TokenTask
+from elmd.models.vision import VisionEncoder, pool
 
 #: Dense bf16 TFLOP/s by the makers' data sheets, by a part of the device's name (SXM where there are several).
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
@@ -81,205 +71,6 @@ FP32, BF16 = 1e-4, 0.1
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 FRAMES_PER_CLIP = 8
-REP_TARGET = 3  # an emotion word and the end of text
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes. `llm` is put over ChatGLM2-6B's own configuration; the rest are ELMD's defaults."""
-
-    llm: dict[str, Any] = field(default_factory=dict)
-    vision: VisionShape = field(default_factory=VisionShape)
-    prefix: int = 128
-    batch: int = 16
-    micro_tokens: int = 4096
-    frames: int = 64
-
-
-def _small(layers: int, vocabulary: int, heads: int, width: int = 32) -> dict[str, Any]:
-    hidden = heads * width
-    return {
-        "num_layers": layers, "padded_vocab_size": vocabulary, "hidden_size": hidden, "kv_channels": width,
-        "ffn_hidden_size": hidden * 10 // 3, "num_attention_heads": heads, "seq_length": 2048,
-    }  # fmt: skip
-
-
-def _small_vision(hidden: int) -> VisionShape:
-    return VisionShape(
-        {
-            "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "image_size": 112, "patch_size": 14,
-        },
-        {"vocab_size": 2, "hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "intermediate_size": 4 * hidden},
-    )  # fmt: skip
-
-
-#: The vocabulary of `cpu` is so small that the output layer weighs 8 % of the decoder, at 6B it is 5 %.
-SCALES = {
-    "6b": Scale(),
-    "cpu": Scale(_small(8, 2000, 8), _small_vision(128)),
-    "smoke": Scale(_small(2, 300, 2, 16), _small_vision(16), prefix=4, batch=4, micro_tokens=500, frames=8),
-}
-
-
-class Shape(NamedTuple):
-    """Of a micro-batch: B, L, columns with targets, columns before the slots."""
-
-    rows: int
-    length: int
-    keep: int
-    free: int
-
-
-class Samples(MadeUp):
-    """Notes the shape of every batch that is made of it."""
-
-    def __init__(self, *args: Any, **others: Any):
-        super().__init__(*args, **others)
-        self.shapes: set[Shape] = set()
-
-    def batch(self, positions: Sequence[int], *, split: bool = False, columns: int = 0) -> Batch:
-        """Args: columns: pad to so many."""
-        batch = super().batch(positions, split=split)
-        more = max(0, columns - batch.ids.shape[1])
-        fills: dict[str, Any] = {"ids": 0, "slots": False, "mask": False, "positions": 0, "labels": IGNORED}
-        for name, fill in fills.items():
-            setattr(batch, name, F.pad(getattr(batch, name), (more, 0), value=fill))
-        rows, length = batch.ids.shape
-        self.shapes.add(Shape(rows, length, batch.keep, batch.free))
-        return batch
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a step is computed: yields parts of a global batch's loss, each sent backward before the next is made."""
-
-    name: str
-    parts: Callable[[Sequence[int]], Iterator[Tensor]]
-    checkpointing: bool = False
-    all_logits: bool = False
-    rows: int | None = None
-
-
-class Task:
-    """REP or EERG at a scale, with its ways."""
-
-    def __init__(self, name: str, llm: Any, scale: Scale, samples: Samples, longest: int):
-        torch.manual_seed(0)
-        device, hidden = llm.device, llm.config.hidden_size
-        self.name, self.llm, self.scale, self.samples, self.longest = name, llm, scale, samples, longest
-        # No dropout: its draws would differ from way to way.
-        self.prefix = Prefix.create(llm, scale.prefix, dropout=0.0) if name == "eerg" else None
-        self.model = Elmd(llm, Projector(WIDTH, hidden), self.prefix).to(device).train()
-        self.again = Elmd(llm, self.model.projector, self.prefix, checkpointing=True).train()
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        # At rate 0 a step does all its work, and every way starts from the same values.
-        self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.0)
-        self.decoder = sum(p.numel() for p in llm.get_decoder().layers.parameters())
-        self.head = llm.get_output_embeddings().weight.numel()
-        halves = [scale.batch // 2**i for i in range(scale.batch.bit_length())]
-        stock = "peft" if self.prefix else "transformers"
-        ptuning = Way("p-tuning", self._one_by_one, checkpointing=True, all_logits=True, rows=1)
-        #: For each way what to try, the first that fits counts.
-        self.ways = [
-            [Way("elmd", self._elmd(self.model))],
-            [Way("elmd, checkpointing", self._elmd(self.again), checkpointing=True)],
-            [Way(stock, self._stock(rows), all_logits=True, rows=rows) for rows in halves],
-            [ptuning] if self.prefix else [Way("elmd, no split", self._no_split)],
-        ]
-
-    def flops(self, batch: Sequence[int]) -> int:
-        """Useful work of a global batch."""
-        rows = [self.samples.rows[i] for i in batch]
-        free = 0 if self.prefix else sum(len(row.before) for row in rows)
-        return step_flops(self.decoder, self.head, self.tokens(batch), free, self.samples.targets(batch))
-
-    def tokens(self, batch: Sequence[int]) -> int:
-        """Real tokens of a global batch, visual ones included."""
-        return sum(self.samples.lengths[i] for i in batch)
-
-    def gradient(self, way: Way, batch: Sequence[int]) -> list[Tensor]:
-        """The loss and the gradient of each trained tensor; they stay in the tensors."""
-        total = torch.zeros((), device=self.llm.device)
-        for part in way.parts(batch):
-            part.backward()
-            total += part.detach().float()
-        return [total, *(p.grad for p in self.trained if p.grad is not None)]
-
-    def step(self, way: Way, batch: Sequence[int]) -> None:
-        """A whole training step."""
-        self.gradient(way, batch)
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def predicted(self, way: Way, shapes: set[Shape]) -> int:
-        """Bytes that the largest of these micro-batches takes for a moment, by `elmd.models.memory`."""
-        return max(
-            step_memory(
-                self.llm.config, dtype=self.llm.dtype, rows=one.rows, length=one.length, free_tokens=one.free,
-                targets=one.keep + 1, checkpointing=way.checkpointing,
-                trainables=sum(p.numel() for p in self.trained), virtual=self.scale.prefix if self.prefix else 0,
-            ).step
-            for one in {one._replace(keep=one.length - 1) if way.all_logits else one for one in shapes}
-        )  # fmt: skip
-
-    def _elmd(self, model: Elmd) -> Callable[[Sequence[int]], Iterator[Tensor]]:
-        task = TokenTask(
-            model, {}, self.samples, Accelerator(cpu=self.llm.device.type == "cpu"), batch_size=self.scale.batch,
-            micro_tokens=self.scale.micro_tokens, seed=0, evaluate=dict,
-        )  # fmt: skip
-
-        def parts(batch: Sequence[int]) -> Iterator[Tensor]:
-            for loss, _ in task.losses(batch, rank=0, world=1):
-                yield loss / task.weight(batch)
-
-        return parts
-
-    def _no_split(self, batch: Sequence[int]) -> Iterator[Tensor]:
-        order = sorted(batch, key=lambda i: self.samples.lengths[i])
-        for positions in pack(self.samples.lengths, order, self.scale.micro_tokens):
-            micro = self.samples.batch(positions).to(self.llm.device)
-            yield self.model.loss(micro).sum() / self.samples.targets(batch)
-
-    def _stock(self, rows: int) -> Callable[[Sequence[int]], Iterator[Tensor]]:
-        def parts(batch: Sequence[int]) -> Iterator[Tensor]:
-            forward = self.prefix.peft if self.prefix else self.llm
-            moved = self.prefix.length if self.prefix else 0
-            for i in range(0, len(batch), rows):
-                micro = self.samples.batch(batch[i : i + rows]).to(self.llm.device)
-                yield forward(
-                    inputs_embeds=self.model.embed(micro), attention_mask=micro.mask.long(), labels=micro.labels,
-                    position_ids=micro.positions - moved, num_items_in_batch=self.samples.targets(batch),
-                ).loss  # fmt: skip
-
-        return parts
-
-    def _one_by_one(self, batch: Sequence[int]) -> Iterator[Tensor]:
-        for i in batch:
-            micro = self.samples.batch([i], columns=self.longest).to(self.llm.device)
-            # The original averages over each sample first; weighted by tokens, the cost is the same.
-            yield self.llm.loss_function(
-                logits=self.again(micro, keep=0).logits, labels=micro.labels, vocab_size=self.llm.config.vocab_size,
-                num_items_in_batch=self.samples.targets(batch),
-            )  # fmt: skip
-
-
-def step_flops(decoder: int, head: int, tokens: int, free: int, targets: int) -> int:
-    """The module's formula, for parameters of decoder layers and output layer."""
-    return 4 * decoder * (tokens - free) + 2 * decoder * free + 4 * head * targets
-
-
-def language_model(scale: Scale, device: torch.device, dtype: torch.dtype) -> Any:
-    """The frozen language model with random weights, made where and as it stays: no second copy."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        return freeze(
-            AutoModelForCausalLM.from_config(
-                native_config(CHATGLM2_6B | scale.llm), dtype=dtype, attn_implementation="sdpa"
-            )
-        )
 
 
 def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -300,7 +91,7 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def attempt(task: Task, way: Way, batch: Sequence[int]) -> float | None:
+def attempt(task: Task, way: Step, batch: Sequence[int]) -> float | None:
     """Seconds of a training step; None where the device has not the memory for it."""
     try:
         return timed(lambda: task.step(way, batch), task.llm.device)
@@ -312,7 +103,7 @@ def attempt(task: Task, way: Way, batch: Sequence[int]) -> float | None:
     return None
 
 
-def agree(task: Task, ways: Sequence[Way], batch: Sequence[int]) -> dict[str, float]:
+def agree(task: Task, ways: Sequence[Step], batch: Sequence[int]) -> dict[str, float]:
     """Each way's largest relative difference of loss and gradients from the first one's.
 
     Raises:
@@ -330,7 +121,7 @@ def agree(task: Task, ways: Sequence[Way], batch: Sequence[int]) -> dict[str, fl
     return off
 
 
-def memory(task: Task, way: Way, batch: Sequence[int]) -> dict[str, Any]:
+def memory(task: Task, way: Step, batch: Sequence[int]) -> dict[str, Any]:
     """Bytes at the peak of a step's gradient: in all (GPU), and above what stands before and after it."""
     device = task.llm.device
     found: dict[str, Any]
@@ -342,15 +133,7 @@ def memory(task: Task, way: Way, batch: Sequence[int]) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated(device)
         found = {"peak_bytes": peak, "step_bytes": peak - before}
     else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            task.gradient(way, batch)
-        assert seen.profiler is not None
-        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-        now = peak = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            now += event.nbytes()
-            peak = max(peak, now)
-        found = {"peak_bytes": None, "step_bytes": peak}
+        found = {"peak_bytes": None, "step_bytes": peak_bytes(lambda: task.gradient(way, batch))}
     task.optimizer.zero_grad(set_to_none=True)
     predicted = task.predicted(way, task.samples.shapes)
     deviation = 100 * (predicted / found["step_bytes"] - 1)
@@ -367,7 +150,7 @@ def compare(task: Task, rounds: int, peak: float | None, save: Callable[[dict[st
     size, tokens = task.scale.batch, task.samples.lengths
     batches = [list(range(i, i + size)) for i in range(0, len(tokens), size)]
     heaviest = max(batches, key=lambda batch: (max(tokens[i] for i in batch), task.tokens(batch)))
-    ways: list[Way] = []
+    ways: list[Step] = []
     result: dict[str, Any] = {}
     for candidates in task.ways:
         found = next((way for way in candidates if attempt(task, way, heaviest) is not None), None)  # also warms up

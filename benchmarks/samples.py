@@ -18,7 +18,7 @@ import yaml
 
 from elmd.data.cped import read_cped
 from elmd.data.encode import Encoded, Encoder
-from elmd.data.examples import Examples
+from elmd.data.examples import Examples, no_features
 from elmd.data.prompts import Prompt
 from elmd.data.samples import prepare
 from elmd.types import Demonstration
@@ -62,6 +62,7 @@ class MadeUp(Examples):
         vocabulary: ids are below it; the first three are left to control tokens.
         tokens_per_character: what a character costs.
         target: tokens of every target; None: as many as the response has.
+        slots: visual tokens of every sample; 0: samples of text alone.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class MadeUp(Examples):
         *,
         tokens_per_character: float = 1.0,
         target: int | None = None,
+        slots: int = SLOTS,
         width: int = WIDTH,
     ):
         draw = random.Random(0)
@@ -81,10 +83,11 @@ class MadeUp(Examples):
         def tokens(characters: int) -> int:
             return max(1, round(tokens_per_character * characters))
 
+        self.slots = slots
         self.rows = [
             Encoded(
                 ids(tokens(one.before)),
-                SLOTS,
+                slots,
                 ids(tokens(one.after)),
                 ids(target or min(LONGEST_TARGET, 1 + tokens(one.target))),
             )
@@ -92,8 +95,8 @@ class MadeUp(Examples):
         ]
         self.lengths = [row.length for row in self.rows]
         self.samples: Any = [SimpleNamespace(id=str(i)) for i in range(len(lengths))]
-        visual = torch.randn(len(lengths), SLOTS, width, generator=torch.Generator().manual_seed(0))
-        self.features = lambda sample_id: visual[int(sample_id)]
+        visual = torch.randn(len(lengths), slots, width, generator=torch.Generator().manual_seed(0))
+        self.features = (lambda sample_id: visual[int(sample_id)]) if slots else no_features
 
 
 def drawn(count: int) -> list[Lengths]:

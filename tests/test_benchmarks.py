@@ -1,51 +1,92 @@
-"""Each benchmark once at its smallest size: it agrees with its alternative, measures, and tells a ratio."""
+"""How benchmarks run, and those of retrieval and generation once at their smallest size: their ways agree."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-from types import ModuleType
+import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT
+from benchmarks import __main__ as bench
+from benchmarks import encode, erm, generation, retrieval
+from benchmarks.harness import Case, Unequal, Way, measure
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT)
-    import benchmarks.__main__
-
-    return benchmarks.__main__
-
-
-def test_each_benchmark_tells_medians_and_a_ratio() -> None:
-    command = [sys.executable, "-m", "benchmarks", "--small", "--rounds", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    names = re.findall(r"^(\S+): ", done.stdout, re.MULTILINE)
-    assert names == ["step-eerg", "erm-loss"]
-    for way in ("ours", "other"):
-        assert len(re.findall(rf"^  {way} +median +[\d.]+ ms", done.stdout, re.MULTILINE)) == len(names)
-    ratios = re.findall(r"^  ratio ([\d.]+) .*1 rounds", done.stdout, re.MULTILINE)
-    assert len(ratios) == len(names)
-    assert all(float(ratio) > 0 for ratio in ratios)
+@pytest.mark.parametrize("module", [erm, encode, retrieval, generation])
+def test_its_ways_agree(module) -> None:
+    measured = [measure(case, 1) for case in module.cases(small=True)]
+    assert all(len(case.timings) > 1 for case in measured)
+    assert all(timing.ratio[0] > 0 for case in measured for timing in case.timings)
 
 
-def test_ways_that_differ_are_not_compared(bench: ModuleType) -> None:
-    with pytest.raises(AssertionError, match=r"the two ways differ by 1\.0e-03"):
-        bench.compare(lambda: [torch.tensor([1.001])], lambda: [torch.tensor([1.0])], 1)
+def test_a_case_is_told_as_a_table() -> None:
+    waits = iter([0.0] * 9)
+    slow = Way("slow", lambda: (torch.arange(3.0), [1, 2]), facts=lambda: {"MiB": 7}, before=partial(next, waits))
+    found = measure(Case("Something", "3 numbers", [Way("elmd", lambda: (torch.arange(3.0), [1, 2])), slow], per=3,
+                         unit="numbers"), 3)  # fmt: skip
+    assert next(waits, None) is not None, "before each run"
+    lines = found.markdown().splitlines()
+    assert lines[0] == "**Something**. 3 numbers"
+    assert lines[2] == "| way | median, ms | least – most | × elmd | numbers/s | MiB |"
+    assert lines[4].split(" | ")[3] == "1"
+    assert lines[5].endswith("| 7 |")
+    middle, low, high = found.timings[1].ratio
+    assert low <= middle <= high
+    assert len(found.json()["timings"][0]["seconds"]) == 3
 
 
-@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("erm", 2)])
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (torch.tensor([1.001]), torch.tensor([1.0]), r"b and a differ by 1\.0e-03"),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0]), "shapes"),
+        ([1, 2], [1, 3], "2 and 3"),
+        ({"x": [1]}, {"x": [1, 2]}, "1 and 2 values"),
+        ({"x": 1}, {"y": 1}, r"\['x'\] and \['y'\]"),
+        (torch.tensor([1, 2]), torch.tensor([1, 3]), "tensor"),
+    ],
+)
+def test_ways_that_differ_are_not_timed(one: object, other: object, message: str) -> None:
+    ways = [Way("a", lambda: other), Way("b", lambda: one)]
+    with pytest.raises(Unequal, match=message):
+        measure(Case("t", "s", ways), 1)
+    measure(Case("t", "s", [ways[0], Way("b", lambda: one, same=False)]), 1)
+
+
+def test_measurements_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(bench, "BENCHMARKS", {"generate": bench.BENCHMARKS["generate"]})
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--small", "--rounds", "1", "--json", str(tmp_path / "x.json")])
+    bench.main()
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert written["environment"]["torch"] == torch.__version__
+    assert written["benchmarks"]["generate"][0]["title"] == "Greedy replies"
+    assert "| generate, one by one |" in capsys.readouterr().out
+
+
+def test_what_is_not_installed_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(bench, "BENCHMARKS", {"erm": ("benchmarks.no_such_peer", "")})
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--small"])
+    bench.main()
+    assert (
+        "erm: left out, benchmarks.no_such_peer is not installed (pip install -e '.[bench]')" in capsys.readouterr().err
+    )
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--small", "erm"])
+    with pytest.raises(SystemExit):
+        bench.main()
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("erm-loss", 2)])
 def test_help_and_mistakes_list_the_names(
-    bench: ModuleType, argument: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    argument: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["benchmarks", argument])
     with pytest.raises(SystemExit) as stop:
         bench.main()
-    told = "".join(capsys.readouterr())
     assert stop.value.code == code
-    assert "step-eerg, erm-loss" in told
+    assert "step-eerg, step-rep, erm," in "".join(capsys.readouterr())

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.ways import step_flops
 from conftest import ROOT
 from elmd.config import EergConfig, PromptConfig, RepConfig, VisionConfig
 from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
@@ -118,7 +119,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(
     ],
 )
 def test_the_formula_by_hand(bench: ModuleType, free: int, wanted: int) -> None:
-    assert bench.step_flops(decoder=10, head=6, tokens=7, free=free, targets=2) == wanted
+    assert step_flops(decoder=10, head=6, tokens=7, free=free, targets=2) == wanted
 
 
 def test_a_step_counts_its_own_tokens(bench: ModuleType) -> None:

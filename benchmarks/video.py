@@ -1,0 +1,161 @@
+"""Clips to frames, against decoding them one after another with PyAV; features from shards, against a file for each.
+
+The peer is `read_video_pyav` of the transformers documentation, which every example of a video model begins with. Clips
+are made here: soft shapes that move, with noise, so that they have to be decoded like film.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case, Way
+from elmd.data.features import INDEX, FeatureStore, index_of, read_shards, write_shard
+from elmd.data.video import decode_clips, frame_indices, read_clip, squash
+from elmd.errors import ClipError
+from elmd.types import Clip
+
+FRAMES, FPS = 8, 25
+
+
+def write_clip(path: Path, seconds: float, size: tuple[int, int], *, apart: float, seed: int) -> Clip:
+    """An H.264 file of `size` (width, height) whose key frames are so many seconds apart."""
+    width, height = size
+    draw = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32) / height
+    waves = draw.uniform(2, 12, (3, 2))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "g": f"{apart * FPS:.0f}"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(round(seconds * FPS)):
+            shapes = [np.sin(a * (x + i / 60) + b * y + i / 25) for a, b in waves]
+            noise = draw.normal(0, 3, (height, width, 1))
+            image = np.clip(np.stack(shapes, -1) * 100 + 128 + noise, 0, 255).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return Clip(str(path))
+
+
+def read_video_pyav(container: Any, indices: Sequence[int]) -> np.ndarray:
+    """Decode the video with PyAV decoder (the transformers documentation's, word for word)."""
+    frames = []
+    container.seek(0)
+    start_index = indices[0]
+    end_index = indices[-1]
+    for i, frame in enumerate(container.decode(video=0)):
+        if i > end_index:
+            break
+        if i >= start_index and i in indices:
+            frames.append(frame)
+    return np.stack([x.to_ndarray(format="rgb24") for x in frames])
+
+
+def one_by_one(clips: Sequence[Clip], size: int) -> Tensor:
+    """Frames [n, m, size, size, 3] as a script would read them."""
+    found = []
+    for clip in clips:
+        with av.open(clip.path) as container:
+            stream = container.streams.video[0]
+            assert stream.average_rate is not None
+            count, rate = stream.frames, float(stream.average_rate)
+            wanted = frame_indices(np.arange(count) / rate, 0.0, count / rate, FRAMES)
+            found.append(np.stack([squash(frame, size) for frame in read_video_pyav(container, wanted.tolist())]))
+    return torch.from_numpy(np.stack(found))
+
+
+def here(clips: Sequence[Clip], size: int) -> Tensor:
+    """The same by ELMD's reader, in this process."""
+    return torch.from_numpy(np.stack([read_clip(clip, FRAMES, size) for clip in clips]))
+
+
+def in_workers(clips: Sequence[Clip], size: int) -> Tensor:
+    """The same as stage `features` reads them."""
+    requests = [(str(i), clip) for i, clip in enumerate(clips)]
+    found = {}
+    for key, result in decode_clips(requests, frames=FRAMES, size=size):
+        if isinstance(result, ClipError):
+            raise result
+        found[key] = result
+    return torch.from_numpy(np.stack([found[key] for key, _ in requests]))
+
+
+def cost(work: Callable[[], Any], frames: int) -> Callable[[], dict[str, float]]:
+    """Frames per second of CPU time, the workers' included."""
+
+    def facts() -> dict[str, float]:
+        before = time.process_time() + _children()
+        work()
+        return {"frames per CPU second": frames / (time.process_time() + _children() - before)}
+
+    return facts
+
+
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def cases(small: bool) -> Iterator[Case]:
+    for apart in (10.0,) if small else (10.0, 1.0):
+        with TemporaryDirectory() as folder:
+            yield decoding(Path(folder), small, apart)
+    with TemporaryDirectory() as folder:
+        yield cached(Path(folder), small)
+
+
+def decoding(folder: Path, small: bool, apart: float) -> Case:
+    shape, seconds, size, files, times = ((64, 48), 0.8, 32, 2, 1) if small else ((640, 360), 3.0, 224, 4, 4)
+    made = [write_clip(folder / f"{i}.mp4", seconds, shape, apart=apart, seed=i) for i in range(files)]
+    clips = made * times
+    works: dict[str, Callable[[], Tensor]] = {
+        "elmd, 2 workers": lambda: in_workers(clips, size),
+        "elmd, in this process": lambda: here(clips, size),
+        "PyAV, one by one": lambda: one_by_one(clips, size),
+    }
+    frames = len(clips) * FRAMES
+    return Case(
+        f"Clips to frames, a key frame every {apart:g} s",
+        f"{len(clips)} clips of {seconds:g} s, {shape[0]} × {shape[1]}, H.264, {FPS} fps; {FRAMES} frames of each as "
+        f"{size} × {size}",
+        [Way(name, work, cost(work, frames)) for name, work in works.items()],
+        note="Pixels are equal. Workers are started and ended in each round, as for a stage.",
+        per=frames,
+        unit="frames",
+    )
+
+
+def cached(folder: Path, small: bool) -> Case:
+    count, tokens, width = (8, 4, 6) if small else (1024, 40, 768)
+    made = torch.randn(count, tokens, width, generator=torch.Generator().manual_seed(0)).half()
+    names = [f"s{i}" for i in range(count)]
+    rows = dict(zip(names, made, strict=True))
+    for at in range(0, count, 256):  # as many as stage `features` puts into one
+        write_shard(folder / "shards" / f"000-{at:05d}.safetensors", {n: rows[n] for n in names[at : at + 256]})
+    (folder / INDEX).write_text(json.dumps(index_of({n: n for n in names}, read_shards(folder))), encoding="utf-8")
+    for name, row in rows.items():
+        np.save(folder / f"{name}.npy", row.numpy())
+        torch.save(row.clone(), folder / f"{name}.pt")
+    order = [names[i] for i in torch.randperm(count, generator=torch.Generator().manual_seed(1))]
+    store = FeatureStore(folder)
+    return Case(
+        "Features of one sample after another, in random order",
+        f"{count} samples of [{tokens}, {width}] in half precision, handed out in float32; in the page cache",
+        [
+            Way("elmd, mapped shards", lambda: [store.get(name) for name in order]),
+            Way(".npy for each", lambda: [torch.from_numpy(np.load(folder / f"{n}.npy")).float() for n in order]),
+            Way(".pt for each", lambda: [torch.load(folder / f"{n}.pt", weights_only=True).float() for n in order]),
+        ],
+        tolerance=0.0,
+        per=count,
+        unit="samples",
+    )

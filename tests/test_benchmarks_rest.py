@@ -1,0 +1,98 @@
+"""The benchmarks of clips, resuming, start-up and processes, and the curves, at their smallest sizes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import curves, dist, resume, startup, video
+from benchmarks.harness import Unequal, measure
+
+
+@pytest.mark.parametrize("command", startup.COMMANDS)
+def test_a_command_reads_its_line_without_what_it_works_with(command: str, tmp_path: Path) -> None:
+    line = [sys.executable, "-X", "importtime", *startup.arguments(command)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == startup.COMMANDS[command], done.stderr[-2000:]
+    assert "import time:" in done.stderr
+    assert startup.loaded(done.stderr) == set()
+
+
+def test_a_stage_without_a_model_loads_no_models(tmp_path: Path) -> None:
+    line = [sys.executable, "-X", "importtime", "-m", "elmd.train", "experiment=demo", "stage=prepare", "cpu=true"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert "prepare needs the result of bootstrap/world" in done.stderr
+    assert startup.loaded(done.stderr) == {"torch", "accelerate"}
+
+
+def test_what_is_loaded_is_seen() -> None:
+    code = "import scipy, xml.dom.minidom"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, timeout=60)
+    assert startup.loaded(done.stderr) == {"scipy"}
+
+
+def test_a_worker_that_decodes_loads_no_torch() -> None:
+    code = (
+        "import sys; from elmd.data import video; video._quiet('decord'); "
+        "print([name for name in ('torch', 'decord') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.stdout.strip() == "['decord']", done.stderr
+
+
+@pytest.mark.parametrize("module", [video, startup, resume, dist])
+def test_its_ways_agree(module: ModuleType) -> None:
+    for case in module.cases(small=True):
+        found = measure(case, 1)
+        assert all(timing.seconds[0] > 0 for timing in found.timings)
+        assert case.title in found.markdown()
+        if module is dist:
+            one, two = (timing.facts for timing in found.timings)
+            sent = "bytes handed to each step's collectives"
+            assert one[sent] == 0
+            assert two[sent] == two["bytes that train"] + 3 * 4, "gradients, loss, tokens and the stop flag"
+
+
+def test_other_pixels_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = video.one_by_one
+    monkeypatch.setattr(video, "one_by_one", lambda *sizes: plain(*sizes) + 1)
+    cases = video.cases(small=True)  # which holds the clips
+    with pytest.raises(Unequal, match="PyAV, one by one"):
+        measure(next(cases), 1)
+
+
+def test_curves_are_drawn_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["curves", "--small", "--out", str(tmp_path)])
+    curves.main()
+    names = {path.stem for path in tmp_path.glob("*.png")}
+    assert names == {path.stem for path in tmp_path.glob("*.csv")} == set(curves.CURVES)
+    for path in tmp_path.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size <= 60 * 1024
+        rows = list(csv.DictReader(path.with_suffix(".csv").open()))
+        assert len(rows) >= 2
+        assert all(float(value) > 0 for row in rows for value in row.values() if re.fullmatch(r"[\d.e+-]+", value))
+
+
+def test_an_exponent_is_that_of_the_power() -> None:
+    sizes = [1, 2, 4, 8]
+    assert curves.exponent(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert curves.exponent(sizes, [7.0] * 4) == pytest.approx(0, abs=1e-9)
+    assert curves.exponent(sizes, list(np.log(sizes) + 1)) < 1

@@ -1,0 +1,140 @@
+"""Steps of EERG and REP at their smallest size: every way gives one loss and one gradient, and its facts are told."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import ROOT
+from elmd.models.elmd import Elmd
+
+LOOPS = ["elmd", "peft", "p-tuning"]
+TRAINERS = ["Trainer, 4 × 1", "Trainer, 1 × 4"]
+TRL = ["TRL, 4 × 1", "TRL, 1 × 4"] if importlib.util.find_spec("trl") else []
+
+
+@pytest.fixture
+def eerg(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT)
+    import benchmarks.step_eerg
+
+    return benchmarks.step_eerg
+
+
+@pytest.fixture
+def rep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT)
+    import benchmarks.step_rep
+
+    return benchmarks.step_rep
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT)
+    import benchmarks.ways
+
+    return benchmarks.ways
+
+
+def drawn_lengths() -> list[Any]:
+    from benchmarks.samples import drawn
+
+    return drawn(4)
+
+
+def measured(case: Any) -> Any:
+    from benchmarks.harness import measure
+
+    return measure(case, 1)
+
+
+def facts(found: Any) -> dict[str, Mapping[str, float]]:
+    return {timing.way: timing.facts for timing in found.timings}
+
+
+def test_all_ways_of_eerg_take_the_same_steps(eerg: ModuleType) -> None:
+    step, logits = [measured(case) for case in eerg.cases(small=True)]
+    assert list(facts(step)) == LOOPS + TRAINERS + TRL
+    assert step.apart < 1e-4
+    tokens = {way: one["tokens, padding included"] for way, one in facts(step).items()}
+    assert tokens["elmd"] <= tokens["peft"] < tokens["p-tuning"]
+    assert tokens["Trainer, 1 × 4"] < tokens["Trainer, 4 × 1"], "single samples need no padding"
+    assert list(facts(logits)) == ["elmd", "peft"]
+    assert facts(logits)["elmd"]["peak, MiB"] < facts(logits)["peft"]["peak, MiB"]
+
+
+def test_what_is_not_installed_is_said(eerg: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eerg, "trl_is_here", lambda: False)
+    case = next(eerg.cases(small=True))
+    assert [way.name for way in case.ways] == LOOPS + TRAINERS
+    assert "TRL is not installed (pip install -e '.[bench]')" in case.note
+
+
+def test_a_trainer_that_moves_positions_is_found_out(eerg: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.harness import Unequal
+
+    monkeypatch.setattr(eerg, "trl_is_here", lambda: False)
+    collate = eerg.Samples.batch
+
+    def moved(self: Any, positions: Any, **others: Any) -> Any:
+        batch = collate(self, positions, **others)
+        if not others:  # neither ELMD's nor p-tuning's
+            batch.positions = batch.positions + 4
+        return batch
+
+    monkeypatch.setattr(eerg.Samples, "batch", moved)
+    with pytest.raises(Unequal, match="peft"):
+        measured(next(eerg.cases(small=True)))
+
+
+def test_the_split_of_rep_keeps_less_and_gives_the_same(rep: ModuleType) -> None:
+    near, far = [measured(case) for case in rep.cases(small=True)]
+    for found in (near, far):
+        assert list(facts(found)) == ["elmd", "elmd, no split", "transformers"]
+        assert found.apart < 1e-4
+        saved = {way: one["saved for backward, MiB"] for way, one in facts(found).items()}
+        assert 0 < saved["elmd, no split"] < saved["transformers"]
+        assert saved["elmd"] < 0.65 * saved["elmd, no split"]
+
+
+def test_saved_bytes_by_hand(ways: ModuleType) -> None:
+    """exp keeps its result, a product with a weight keeps its input; the weight itself is not counted."""
+    scale = ways.SCALES["smoke"]
+    llm = ways.language_model(scale, torch.device("cpu"), torch.float32)
+    task = ways.Task("rep", llm, scale, ways.Samples(drawn_lengths(), 300, tokens_per_character=0.3), 100)
+    x = torch.ones(5, 32, requires_grad=True)
+
+    def parts(_: Any) -> Any:
+        yield (x.exp() @ llm.model.layers[0].self_attn.o_proj.weight).sum()
+        yield x.exp().sum()
+
+    assert ways.saved_bytes(task, ways.Step("by hand", parts), [0]) == 2 * 4 * x.numel()
+
+
+def test_peak_bytes_by_hand(ways: ModuleType) -> None:
+    def work() -> None:
+        first = torch.empty(1 << 20, dtype=torch.uint8)
+        second = torch.empty(1 << 21, dtype=torch.uint8)
+        del first, second
+        torch.empty(1 << 19, dtype=torch.uint8)
+
+    assert ways.peak_bytes(work) == 3 << 20
+
+
+def test_samples_of_text_alone(ways: ModuleType) -> None:
+    samples = ways.Samples(drawn_lengths(), 300, tokens_per_character=0.3, slots=0)
+    batch = samples.batch([0, 1])
+    assert batch.visual is None
+    assert not batch.slots.any()
+    scale = ways.SCALES["smoke"]
+    llm = ways.language_model(scale, torch.device("cpu"), torch.float32)
+    task = ways.Task("eerg", llm, scale, samples, 200)
+    assert isinstance(task.model, Elmd)
+    assert task.model.projector is None
+    assert [p is task.prefix.table.embedding.weight for p in task.trained] == [True]
