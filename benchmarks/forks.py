@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 SCRIPT = Path(__file__).parents[1] / "tests" / "fit_script.py"
 
@@ -39,6 +40,7 @@ def forked(work: Callable[[], object], log: Path, **environment: str) -> Callabl
             os.dup2(file.fileno(), 2)
         os.environ.update(environment)
         torch.set_num_threads(1)  # a pool's threads are not forked
+        AcceleratorState._reset_state(reset_partial_state=True)  # the child may be one of several, its parent was not
         work()
         code = 0
     except BaseException:

@@ -13,10 +13,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT))
-
 from benchmarks import curves, dist, resume, startup, video
 from benchmarks.harness import Unequal, measure
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROOT
 from elmd.models.elmd import Elmd
 
 LOOPS = ["elmd", "peft", "p-tuning"]
@@ -20,7 +19,6 @@ TRL = ["TRL, 4 × 1", "TRL, 1 × 4"] if importlib.util.find_spec("trl") else []
 
 @pytest.fixture
 def eerg(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT)
     import benchmarks.step_eerg
 
     return benchmarks.step_eerg
@@ -28,7 +26,6 @@ def eerg(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def rep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT)
     import benchmarks.step_rep
 
     return benchmarks.step_rep
@@ -36,7 +33,6 @@ def rep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def ways(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT)
     import benchmarks.ways
 
     return benchmarks.ways
