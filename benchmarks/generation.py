@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, TopPLogitsWarper
 
 from benchmarks.harness import Case, Way
-from benchmarks.samples import MadeUp, drawn
+from benchmarks.samples import INSTRUCTION, MadeUp, drawn
 from benchmarks.ways import small_llm
 from elmd.data.collate import Batch
 from elmd.data.encode import Encoded
@@ -29,8 +29,6 @@ from elmd.models.elmd import Elmd
 from elmd.models.inference import greedy, nucleus, over, stream
 from elmd.models.llm import freeze
 
-#: Characters of the Chinese prompt that stand in each sample before its history, template included.
-INSTRUCTION = 55
 EOS, PAD = 2, 0
 TOP_P, TEMPERATURE = 0.7, 0.95
 
@@ -91,9 +89,9 @@ class Asked(MadeUp):
         def ids(some: int) -> list[int]:
             return [draw.randrange(3, vocabulary) for _ in range(some)]
 
-        instruction, stories = ids(INSTRUCTION), [ids(background) for _ in range(count)]
+        stories = [ids(background) for _ in range(count)]
         self.rows = [
-            Encoded([*instruction, *stories[i // 4], *row.before[INSTRUCTION:]], 0, row.after, [])
+            Encoded([*row.before[:INSTRUCTION], *stories[i // 4], *row.before[INSTRUCTION:]], 0, row.after, [])
             for i, row in enumerate(self.rows)
         ]
         draw.shuffle(self.rows)

@@ -55,8 +55,12 @@ CPED: dict[str, list[int]] = {
 CPED_LONGEST = 529
 
 
+#: Characters that begin every sample: the template and the prompt's instruction. The shortest sample has hardly more.
+INSTRUCTION = 55
+
+
 class MadeUp(Examples):
-    """Random ids and features.
+    """Random ids and features; all samples begin with the same ids, as long as the instruction.
 
     Args:
         vocabulary: ids are below it; the first three are left to control tokens.
@@ -83,10 +87,13 @@ class MadeUp(Examples):
         def tokens(characters: int) -> int:
             return max(1, round(tokens_per_character * characters))
 
-        self.slots = slots
+        def text(characters: int) -> list[int]:
+            return instruction[:characters] + ids(characters - len(instruction))
+
+        instruction, self.slots = ids(tokens(INSTRUCTION)), slots
         self.rows = [
             Encoded(
-                ids(tokens(one.before)),
+                text(tokens(one.before)),
                 slots,
                 ids(tokens(one.after)),
                 ids(target or min(LONGEST_TARGET, 1 + tokens(one.target))),

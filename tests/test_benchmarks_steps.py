@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import step_eerg as eerg
+from benchmarks import step_rep as rep
+from benchmarks import ways
 from elmd.models.elmd import Elmd
 
 LOOPS = ["elmd", "peft", "p-tuning"]
 TRAINERS = ["Trainer, 4 × 1", "Trainer, 1 × 4"]
 TRL = ["TRL, 4 × 1", "TRL, 1 × 4"] if importlib.util.find_spec("trl") else []
-
-
-@pytest.fixture
-def eerg(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    import benchmarks.step_eerg
-
-    return benchmarks.step_eerg
-
-
-@pytest.fixture
-def rep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    import benchmarks.step_rep
-
-    return benchmarks.step_rep
-
-
-@pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    import benchmarks.ways
-
-    return benchmarks.ways
 
 
 def drawn_lengths() -> list[Any]:
@@ -54,7 +35,7 @@ def facts(found: Any) -> dict[str, Mapping[str, float]]:
     return {timing.way: timing.facts for timing in found.timings}
 
 
-def test_all_ways_of_eerg_take_the_same_steps(eerg: ModuleType) -> None:
+def test_all_ways_of_eerg_take_the_same_steps() -> None:
     step, logits = [measured(case) for case in eerg.cases(small=True)]
     assert list(facts(step)) == LOOPS + TRAINERS + TRL
     assert step.apart < 1e-4
@@ -65,14 +46,14 @@ def test_all_ways_of_eerg_take_the_same_steps(eerg: ModuleType) -> None:
     assert facts(logits)["elmd"]["peak, MiB"] < facts(logits)["peft"]["peak, MiB"]
 
 
-def test_what_is_not_installed_is_said(eerg: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eerg, "trl_is_here", lambda: False)
     case = next(eerg.cases(small=True))
     assert [way.name for way in case.ways] == LOOPS + TRAINERS
     assert "TRL is not installed (pip install -e '.[bench]')" in case.note
 
 
-def test_a_trainer_that_moves_positions_is_found_out(eerg: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_that_moves_positions_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.harness import Unequal
 
     monkeypatch.setattr(eerg, "trl_is_here", lambda: False)
@@ -89,7 +70,7 @@ def test_a_trainer_that_moves_positions_is_found_out(eerg: ModuleType, monkeypat
         measured(next(eerg.cases(small=True)))
 
 
-def test_the_split_of_rep_keeps_less_and_gives_the_same(rep: ModuleType) -> None:
+def test_the_split_of_rep_keeps_less_and_gives_the_same() -> None:
     near, far = [measured(case) for case in rep.cases(small=True)]
     for found in (near, far):
         assert list(facts(found)) == ["elmd", "elmd, no split", "transformers"]
@@ -99,7 +80,7 @@ def test_the_split_of_rep_keeps_less_and_gives_the_same(rep: ModuleType) -> None
         assert saved["elmd"] < 0.65 * saved["elmd, no split"]
 
 
-def test_saved_bytes_by_hand(ways: ModuleType) -> None:
+def test_saved_bytes_by_hand() -> None:
     """exp keeps its result, a product with a weight keeps its input; the weight itself is not counted."""
     scale = ways.SCALES["smoke"]
     llm = ways.language_model(scale, torch.device("cpu"), torch.float32)
@@ -113,7 +94,7 @@ def test_saved_bytes_by_hand(ways: ModuleType) -> None:
     assert ways.saved_bytes(task, ways.Step("by hand", parts), [0]) == 2 * 4 * x.numel()
 
 
-def test_peak_bytes_by_hand(ways: ModuleType) -> None:
+def test_peak_bytes_by_hand() -> None:
     def work() -> None:
         first = torch.empty(1 << 20, dtype=torch.uint8)
         second = torch.empty(1 << 21, dtype=torch.uint8)
@@ -123,7 +104,7 @@ def test_peak_bytes_by_hand(ways: ModuleType) -> None:
     assert ways.peak_bytes(work) == 3 << 20
 
 
-def test_samples_of_text_alone(ways: ModuleType) -> None:
+def test_samples_of_text_alone() -> None:
     samples = ways.Samples(drawn_lengths(), 300, tokens_per_character=0.3, slots=0)
     batch = samples.batch([0, 1])
     assert batch.visual is None
