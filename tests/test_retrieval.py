@@ -10,7 +10,6 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from elmd.labels import Emotion
 from elmd.losses import retriever_loss
 from elmd.retrieval import load_retriever, retriever
 from elmd.retrieval.index import Index, Queries, demonstrations, load_demonstrations, save_demonstrations
-from elmd.retrieval.retriever import Tokens, add_separation, cut_texts, embed, encode, groups, separation_of
+from elmd.retrieval.retriever import Tokens, add_separation, cut_texts, embed, encode, separation_of
 from elmd.retrieval.self_separation import SelfSeparation
 from elmd.stages import erm as erm_stage
 from elmd.stages import index as index_stage
@@ -657,21 +656,6 @@ def test_a_group_is_what_the_tokenizer_makes_of_its_texts(trained: SentenceTrans
         assert batch.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(batch[name], value) if isinstance(value, Tensor) else batch[name] == value
-
-
-def test_groups_cost_least_of_all_ways_to_cut() -> None:
-    for seed in range(30):
-        draw = random.Random(seed)
-        lengths = sorted(draw.choices([3, 5, 6, 9, 20, 60], k=draw.randint(1, 9)))
-        overhead = draw.choice([0, 4, 64, 1024])
-
-        def cost(ends: Sequence[int], lengths: list[int] = lengths, overhead: int = overhead) -> int:
-            return sum((b - a) * lengths[b - 1] + overhead for a, b in pairwise([0, *ends]))
-
-        n = len(lengths)
-        least = min(cost([*ends, n]) for r in range(n) for ends in combinations(range(1, n), r))
-        assert cost(groups(lengths, overhead)) == least
-        assert groups(lengths, overhead)[-1] == n
 
 
 def test_training_texts_are_tokenised_once(trained: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ flattened output of self-separation; a raw retriever, not trained by ELMD, has `
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -19,6 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device, load_file_path
 from torch import Tensor
 
+from elmd.data.collate import pack
 from elmd.errors import CheckpointError, reason
 from elmd.hub import is_hub_id
 from elmd.log import logger, progress
@@ -168,10 +170,11 @@ def embed(model: SentenceTransformer, tokens: Tokens, members: Sequence[int]) ->
     encoder = [module for module in model.children() if not isinstance(module, SelfSeparation)]
     asked = torch.tensor(members)
     lengths, order = tokens.lengths(asked).sort(stable=True)
-    parts, run, start = [], 0, 0
-    for end in groups(lengths.tolist(), PASS_TOKENS.get(model.device.type, 1024)):
-        features = batch_to_device(tokens.batch(asked[order[start:end]]), model.device)
-        run, start = run + features["attention_mask"].numel(), end
+    parts, run = [], 0
+    cost = PASS_TOKENS.get(model.device.type, 1024)
+    for group in pack(lengths.tolist(), range(len(asked)), sys.maxsize, cost=cost):
+        features = batch_to_device(tokens.batch(asked[order[group]]), model.device)
+        run += features["attention_mask"].numel()
         for module in encoder:
             features = module(features)
         parts.append(features["sentence_embedding"])
@@ -182,21 +185,6 @@ def embed(model: SentenceTransformer, tokens: Tokens, members: Sequence[int]) ->
 #: weights and adding to their gradient, or launching its kernels. Measured on one CPU core as 55 to 100 tokens (BERT of
 #: 128 x 2 to 768 x 12, forward and backward). On a GPU it is an estimate: 450 launches at 25 us against 10 us a token.
 PASS_TOKENS = {"cpu": 64, "cuda": 1024}
-
-
-def groups(lengths: Sequence[int], overhead: int) -> list[int]:
-    """Where to cut texts, sorted by length, into groups, so that the sum of (texts · longest + overhead) is least.
-
-    Returns:
-        The end of each group. Texts of one length are never parted: that would not make any padding less.
-    """
-    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}  # of the first n texts, by n: the least cost, and the ends
-    for end, longest in enumerate(lengths, start=1):
-        if end == len(lengths) or lengths[end] > longest:
-            start = min(best, key=lambda start: best[start][0] + (end - start) * longest)
-            cost, ends = best[start]
-            best[end] = cost + (end - start) * longest + overhead, [*ends, end]
-    return best[len(lengths)][1]
 
 
 @torch.no_grad()
