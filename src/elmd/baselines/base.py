@@ -24,7 +24,6 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from elmd.data.collate import PASS
 from elmd.data.examples import Features, no_features
 from elmd.errors import CheckpointError
 from elmd.log import logger
@@ -346,7 +345,7 @@ def generate(
         choose = nucleus(streams, top_p, temperature, max_new_tokens) if temperature else greedy
         return write(model, batch, choose, rows.vocabulary, max_new_tokens=max_new_tokens)
 
-    return over(rows, budget, accelerator, f"generate (seed {seed})", run, cost=PASS * max_new_tokens)
+    return over(rows, budget, accelerator, f"generate (seed {seed})", run, passes=max_new_tokens)
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from elmd.data.collate import PASS, Batch, pack
+from elmd.data.collate import Batch, pack
 from elmd.data.examples import Examples
 from elmd.log import progress
 from elmd.models.elmd import Choose, Elmd
-from elmd.models.sharding import in_step, sharding
+from elmd.models.sharding import in_step, pass_cost, sharding
 
 R = TypeVar("R")
 
@@ -51,16 +51,17 @@ def over(
     what: str,
     function: Callable[[M, list[int]], Sequence[R]],
     *,
-    cost: int = PASS,
+    passes: int = 1,
 ) -> list[R]:
     """`function(batch, positions)` for every sample once; one result per sample, in order, on every rank.
 
     Args:
         budget: tokens per batch, padding included. The longest run first, so too large a budget shows at once.
-        cost: of one more batch, in tokens (see `pack`).
+        passes: of the language model that a batch takes: one and, when generating, another for each new token.
     """
     order = sorted(range(len(examples)), key=lambda i: (-examples.lengths[i], i))
-    groups, world = pack(examples.lengths, order, budget, cost=cost), accelerator.num_processes
+    groups = pack(examples.lengths, order, budget, cost=passes * pass_cost(accelerator))
+    world = accelerator.num_processes
     shares = [groups[rank::world] for rank in range(world)]
     todo = in_step(shares, accelerator.process_index, level=sharding(accelerator))
     found: list[tuple[int, R]] = []
@@ -116,7 +117,7 @@ def generate(
         accelerator,
         f"generate (seeds {', '.join(map(str, seeds))})",
         run,
-        cost=PASS * max_new_tokens,
+        passes=max_new_tokens,
     )
 
 

@@ -15,7 +15,7 @@ from elmd.data.examples import Examples
 from elmd.models.elmd import Elmd
 from elmd.models.inference import Packable, over
 from elmd.models.kept import KeptPrompts
-from elmd.models.sharding import in_step, sharding
+from elmd.models.sharding import in_step, pass_cost, sharding
 from elmd.training.loop import Batch
 
 
@@ -79,7 +79,10 @@ class PackedTask:
         self.model.train()
         lengths = self.examples.lengths
         order = sorted(batch, key=lambda i: (lengths[i], i))
-        shares = [pack(lengths, order[one::world], self.micro_tokens, before=self.before) for one in range(world)]
+        cost = pass_cost(self.accelerator)
+        shares = [
+            pack(lengths, order[one::world], self.micro_tokens, before=self.before, cost=cost) for one in range(world)
+        ]
         for positions, counts in in_step(shares, rank, level=sharding(self.accelerator)):
             micro = self.micro_batch(positions).to(self.accelerator.device)
             yield self.loss(micro, positions).sum() * counts, sum(lengths[i] for i in positions) * counts
