@@ -161,8 +161,8 @@ def shared_beginning(ids: Tensor, slots: Tensor, mask: Tensor) -> Beginning | No
 
 
 #: What a pass of the model costs beside its own tokens, in tokens: its weights are read and its kernels started anew.
-#: About 100 on a CPU; on a GPU, by the ratio of its bandwidth to its arithmetic, a few hundred.
-PASS = 256
+#: Measured on a CPU, forward and backward (a GLM of 256 x 4): about 100.
+PASS = 128
 
 
 def pack(
