@@ -48,6 +48,7 @@ class PackedTask:
         micro_tokens: tokens per micro-batch, padding included; changes memory and speed, not gradients.
         evaluate: metrics on the selection split.
         before: how many of each sample's tokens are padded apart from the others (see `pack`).
+        by: what of each sample is sorted by, so that like ones come together; None: its length.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class PackedTask:
         seed: int,
         evaluate: Callable[[], dict[str, float]],
         before: Sequence[int] | None = None,
+        by: Sequence[int] | None = None,
     ):
         self.model, self.modules, self.examples, self.accelerator = model, modules, examples, accelerator
         self.batch_size, self.micro_tokens, self.seed, self.evaluate = batch_size, micro_tokens, seed, evaluate
-        self.before = before
+        self.before, self.by = before, examples.lengths if by is None else by
 
     def batches(self, epoch: int) -> list[Batch]:
         order = list(range(len(self.examples)))
@@ -78,7 +80,7 @@ class PackedTask:
     def losses(self, batch: Batch, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
         self.model.train()
         lengths = self.examples.lengths
-        order = sorted(batch, key=lambda i: (lengths[i], i))
+        order = sorted(batch, key=lambda i: (self.by[i], i))
         cost = pass_cost(self.accelerator)
         shares = [
             pack(lengths, order[one::world], self.micro_tokens, before=self.before, cost=cost) for one in range(world)
@@ -115,8 +117,12 @@ class TokenTask(PackedTask):
         keep_prompts: bool = False,
         **how: Any,
     ):
-        before = [len(row.before) for row in examples.rows] if model.adapter is None else None
-        super().__init__(model, modules, examples, accelerator, before=before, **how)
+        before = after = None
+        if model.adapter is None:
+            before = [len(row.before) for row in examples.rows]
+            # What runs with gradient costs twice as much as what does not, and is what is kept.
+            after = [length - head for length, head in zip(examples.lengths, before, strict=True)]
+        super().__init__(model, modules, examples, accelerator, before=before, by=after, **how)
         self.kept = KeptPrompts() if keep_prompts else None
 
     def micro_batch(self, positions: Sequence[int]) -> Any:
