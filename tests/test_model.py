@@ -54,6 +54,10 @@ def build(llm, *, prefix: int = 4, seed: int = 0) -> Elmd:
     return Elmd(llm[0], Projector(6, 32), Prefix.create(llm[0], prefix, 0.0) if prefix else None).eval()
 
 
+#: Samples that the projector can learn from; stage `rep` trains on these alone.
+SEEN = [sample for sample in SAMPLES if VISUAL[sample.id] is not None]
+
+
 def examples(encoder: Encoder, task: str = "eerg", *, with_target: bool = True, samples=SAMPLES) -> Examples:
     return Examples(samples, encoder, make_demonstrations(SAMPLES), VISUAL.get, task, with_target=with_target)
 
@@ -243,7 +247,7 @@ def test_what_rows_begin_with_is_read_once(llm, encoder, monkeypatch: pytest.Mon
 
 
 def test_kept_prompts_change_nothing_but_the_work(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, found, tokens = examples(encoder, "rep"), {}, []
+    data, found, tokens = examples(encoder, "rep", samples=SEEN), {}, []
     run = llm[0].forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -498,7 +502,7 @@ def test_rep_moves_the_projector_and_nothing_else(llm_folder: Path, tmp_path: Pa
     elmd = build((model, tokenizer), prefix=0)
     before = state_hash(elmd.llm), state_hash(elmd.projector)
     task = TokenTask(
-        elmd, {"projector": elmd.projector}, examples(encoder, "rep"), Accelerator(cpu=True), batch_size=4,
+        elmd, {"projector": elmd.projector}, examples(encoder, "rep", samples=SEEN), Accelerator(cpu=True), batch_size=4,
         micro_tokens=300, seed=0, evaluate=lambda: {"score": 0.0},
     )  # fmt: skip
     plan = Plan({"projector": 1e-2}, 3, 0, "score", True, evaluate_every=3, checkpoint_every=3)
