@@ -17,6 +17,11 @@ p-tuning              ChatGLM2's own defaults: one sample at a time, 16 accumula
 
 Vision features are cached by training, so steps take them as given, and frames per second stand apart.
 
+`--part` chooses what is measured: `steps` is this table; `grid` an EERG step at 256, 512 and 1024 tokens a sample, with
+micro-batches of 2 048 to 16 384 tokens, with and without checkpointing; `decode` a token for 1, 16, 64 and 128 rows,
+held against reading weights, keys and values once from the device's memory; `epochs` one epoch of REP and of EERG over
+6 071 samples and replies to 758 (on a CPU a few), from the first batch to the last.
+
 First all ways are shown to give one loss and one gradient: in float32 within 1e-4 (relative, each trained tensor), and
 in the dtype that is timed. peft moves positions by P, the original does not; here it is handed positions minus P, so
 that both compute the same, at the same cost (peft before 0.19 drops positions, and differs).
@@ -44,7 +49,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,6 +62,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read as torch is loaded: its 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_parts import TRAIN, decode, epochs, grid
 from benchmarks.samples import CPED_LONGEST, SLOTS, Lengths, drawn, read
 from benchmarks.ways import REP_TARGET, SCALES, Samples, Scale, Step, Task, language_model, peak_bytes
 from elmd.errors import ElmdError
@@ -65,6 +71,10 @@ from elmd.models.vision import VisionEncoder, pool
 
 #: Dense bf16 TFLOP/s by the makers' data sheets, by a part of the device's name (SXM where there are several).
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
+
+#: Bytes/s of their memory, by the same sheets.
+BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.864e12}
+PARTS = ("steps", "grid", "decode", "epochs")
 
 #: Largest relative differences of two ways: float32, and bfloat16, which rounds at 3 digits in every layer.
 FP32, BF16 = 1e-4, 0.1
@@ -230,17 +240,49 @@ def lengths(count: int, data: Path | None) -> tuple[list[Lengths], int]:
     return random.Random(0).choices(real, k=count), max(map(sum, real))
 
 
+def number(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}".replace(",", " ")
+
+
+def gib(value: int | None) -> str:
+    return number(None if value is None else value / 2**30, 2)
+
+
+def _of(key: str, digits: int = 0) -> Callable[[dict[str, Any]], str]:
+    return lambda cell: number(cell.get(key), digits)
+
+
+#: Of each part but `steps`: titles of the columns, and what stands in them.
+COLUMNS: dict[str, list[tuple[str, Callable[[dict[str, Any]], str]]]] = {
+    "grid": [
+        ("tokens a sample", _of("length")), ("a micro-batch", _of("micro_tokens")),
+        ("checkpointing", lambda cell: "yes" if cell["checkpointing"] else "no"),
+        ("s/step", lambda cell: number(cell.get("seconds"), 3) if cell["fits"] else "does not fit"),
+        ("samples/s", _of("samples_per_s", 2)), ("tokens/s", _of("tokens_per_s")),
+        ("utilisation, %", _of("mfu_percent", 1)), ("peak, GiB", lambda cell: gib(cell.get("peak_bytes"))),
+        ("of it the step, GiB", lambda cell: gib(cell.get("step_bytes"))),
+        ("predicted, GiB", lambda cell: gib(cell.get("predicted_step_bytes"))),
+    ],
+    "decode": [
+        ("rows", _of("rows")), ("ms a token", lambda cell: number(1000 * cell["seconds_per_token"], 2)),
+        ("tokens/s", _of("tokens_per_s")), ("GB read", lambda cell: number(cell["bytes_read"] / 1e9, 2)),
+        ("of the bandwidth, %", _of("share_of_bandwidth_percent", 1)),
+    ],
+    "epochs": [
+        ("part", lambda cell: cell["part"]), ("samples", _of("samples")), ("tokens", _of("tokens")),
+        ("s", _of("seconds", 1)), ("utilisation, %", _of("mfu_percent", 1)),
+    ],
+}  # fmt: skip
+
+
 def tables(report: dict[str, Any]) -> str:
     """The report in Markdown."""
-
-    def number(value: float | None, digits: int = 0) -> str:
-        return "–" if value is None else f"{value:,.{digits}f}".replace(",", " ")
-
-    def gib(value: int | None) -> str:
-        return number(None if value is None else value / 2**30, 2)
-
     lines = [f"{report['device']}; {', '.join(f'{k} {v}' for k, v in report['versions'].items())}; {report['dtype']}"]
     lines += [f"`{report['command']}`", ""]
+    for part, columns in COLUMNS.items():
+        if cells := report.get(part):
+            lines += [f"| {' | '.join(title for title, _ in columns)} |", "|---:" * len(columns) + "|"]
+            lines += [f"| {' | '.join(show(cell) for _, show in columns)} |" for cell in cells] + [""]
     if seen := report.get("features"):
         lines += ["| features | frames/s | utilisation, % | peak, GiB |", "|---|---:|---:|---:|"]
         cells = [number(seen["frames_per_s"]), number(seen["mfu_percent"], 1), gib(seen["peak_bytes"])]
@@ -314,12 +356,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 task, [candidates[0] for candidates in task.ways], range(small.batch)
             )
         del llm, task
-    report["features"] = features(scale, device, dtype, args.rounds, peak)
-    save()
-    gc.collect()
+    if "steps" in args.part:
+        report["features"] = features(scale, device, dtype, args.rounds, peak)
+        save()
+        gc.collect()
     llm = language_model(scale, device, dtype)
     report["parameters"] = sum(p.numel() for p in llm.parameters())
-    for kind in ("rep", "eerg"):
+
+    def clock(work: Callable[[], Any]) -> float:
+        return timed(work, device)
+
+    bandwidth = next((value for part, value in BANDWIDTHS.items() if part in name), None)
+    train, _ = lengths(TRAIN if on_gpu else 4 * scale.batch, args.data)
+    others: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "grid": lambda: grid(llm, scale, clock, memory, peak, slots=SLOTS),
+        "decode": lambda: decode(llm, scale, clock, bandwidth),
+        "epochs": lambda: epochs(llm, scale, clock, train, args.tokens_per_character),
+    }
+    for part, cells in others.items():
+        if part in args.part:
+            report[part] = []
+            for cell in cells():
+                if peak and cell.get("flops"):
+                    cell["mfu_percent"] = 100 * cell["flops"] / cell["seconds"] / peak
+                report[part].append(cell)
+                save()
+    for kind in ("rep", "eerg") if "steps" in args.part else ():
         task = task_of(kind, llm, scale, args.rounds)
         tokens = task.samples.lengths
         about = {
@@ -365,6 +427,7 @@ def main() -> None:
     )
     parser.add_argument("--scale", choices=SCALES, default="6b" if gpu else "cpu", help="sizes (6b on a GPU, else cpu)")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=["steps"], help="what to measure (steps)")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each way, each on its own batch (9)")
     parser.add_argument("--out", type=Path, help="folder for gpu_step.json and gpu_step.md, written as it goes")
     parser.add_argument("--data", type=Path, help="a CPED csv to take lengths from, instead of its recorded quantiles")

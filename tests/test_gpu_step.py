@@ -85,6 +85,29 @@ def test_it_runs_as_a_file_with_few_libraries_and_leaves_its_figures(tmp_path: P
     assert "| p-tuning, batch of 1 | " in text
 
 
+def test_the_other_parts_tell_their_figures(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = ["--scale", "smoke", "--device", "cpu", "--peak-tflops", "0.1", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["gpu_step", *choices, "--part", "grid", "decode", "epochs"])
+    bench.main()
+    report = json.loads((tmp_path / "gpu_step.json").read_text())
+    assert not report["tasks"]
+    assert "features" not in report
+    cells = {(c["length"], c["micro_tokens"], c["checkpointing"]): c for c in report["grid"]}
+    assert len(cells) == 2 * 4 * 2
+    for cell in cells.values():
+        assert cell["tokens_per_s"] == pytest.approx(cell["length"] * cell["samples_per_s"])
+        assert 0 < cell["mfu_percent"] < 200
+    assert [cell["rows"] for cell in report["decode"]] == [1, 16, 64, 128]
+    assert all(cell["tokens_per_s"] > 0 for cell in report["decode"])
+    parts = {cell["part"]: cell for cell in report["epochs"]}
+    assert list(parts) == ["rep, one epoch", "eerg, one epoch", "replies"]
+    assert parts["rep, one epoch"]["samples"] == 16
+    assert parts["replies"]["tokens"] > parts["replies"]["samples"], "each reply is as long as its target"
+    assert "| replies | 2 |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
