@@ -188,7 +188,14 @@ def test_half_precision_is_timed_after_the_ways_agree_in_float32(
     monkeypatch.setattr(bench, "pick_dtype", lambda *_: torch.bfloat16)  # as on a GPU
     monkeypatch.setitem(bench.SCALES, "cpu", bench.SCALES["smoke"])
     args = Namespace(
-        device="cpu", scale="smoke", rounds=1, out=None, data=None, tokens_per_character=0.3, peak_tflops=None
+        part=["steps"],
+        device="cpu",
+        scale="smoke",
+        rounds=1,
+        out=None,
+        data=None,
+        tokens_per_character=0.3,
+        peak_tflops=None,
     )
     report = bench.run(args)
     assert report["dtype"] == "bfloat16"
@@ -260,7 +267,7 @@ def test_lengths_of_a_missing_file_are_one_sentence(bench: ModuleType, monkeypat
 
 def test_a_device_of_unknown_name_has_no_utilisation(bench: ModuleType) -> None:
     assert bench.PEAKS["H200"] == 989
-    seen = SimpleNamespace(flops=lambda _: 989e12, tokens=lambda _: 10)
+    seen = SimpleNamespace(part=["steps"], flops=lambda _: 989e12, tokens=lambda _: 10)
     assert bench._figures(seen, [[0]], [2.0], [1.0], None)["mfu_percent"] is None
     figures = bench._figures(seen, [[0]], [2.0], [1.0], 989e12)
     assert (figures["mfu_percent"], figures["tokens_per_s"], figures["slower"]) == (50, 5, 2)

@@ -502,8 +502,8 @@ def test_rep_moves_the_projector_and_nothing_else(llm_folder: Path, tmp_path: Pa
     elmd = build((model, tokenizer), prefix=0)
     before = state_hash(elmd.llm), state_hash(elmd.projector)
     task = TokenTask(
-        elmd, {"projector": elmd.projector}, examples(encoder, "rep", samples=SEEN), Accelerator(cpu=True), batch_size=4,
-        micro_tokens=300, seed=0, evaluate=lambda: {"score": 0.0},
+        elmd, {"projector": elmd.projector}, examples(encoder, "rep", samples=SEEN), Accelerator(cpu=True),
+        batch_size=4, micro_tokens=300, seed=0, evaluate=lambda: {"score": 0.0},
     )  # fmt: skip
     plan = Plan({"projector": 1e-2}, 3, 0, "score", True, evaluate_every=3, checkpoint_every=3)
     elmd.train()
