@@ -132,7 +132,7 @@ def test_contradictions_are_refused(overrides: list[str], message: str) -> None:
         ("threads=-1", "threads: -1 is out of range; use 0 or more."),
         ("data.world.train=0", "data.world.train: 0 is out of range; use 1 or more."),
         ("vision.frames=0", "vision.frames: 0 is out of range; use 1 or more."),
-        ("vision.workers=0", "vision.workers: 0 is out of range; use 1 or more."),
+        ("vision.workers=-1", "vision.workers: -1 is out of range; use 0 or more."),
         ("vision.timeout_s=0", "vision.timeout_s: 0.0 is out of range; use more than 0."),
         ("vision.batch_frames=0", "vision.batch_frames: 0 is out of range; use 1 or more."),
         ("retriever.k=-1", "retriever.k: -1 is out of range; use 0 or more."),

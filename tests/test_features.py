@@ -428,3 +428,12 @@ def test_features_of_two_sizes_make_no_index(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"different sizes: \[3, 4\] and \[5, 4\]"):
         index_of({"s1": "a", "s2": "b"}, read_shards(tmp_path))
     assert index_of({"s1": "a"}, read_shards(tmp_path))["tokens"] == 3, "what no sample uses does not count"
+
+
+def test_each_process_decodes_on_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert stage.spare_cores() == 15
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert stage.spare_cores() == 3
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3}, raising=False)
+    assert stage.spare_cores() == 1

@@ -178,7 +178,7 @@ class VisionConfig:
     frames: int = 8  # m; not in the paper, ours
     sampling: Sampling = Sampling.uniform
     decoder: Decoder = Decoder.decord
-    workers: int = 2
+    workers: int = 0  # processes that decode; 0: one for each core that this process may use but one
     timeout_s: float = 60.0  # per clip
     batch_frames: int = 64
     dtype: str = "auto"
@@ -409,7 +409,7 @@ _SHARE, _DROPOUT = Range(0, 1), Range(0, 1, below=True)
 RANGES = {
     "threads": _ANY,
     "data.world.train": _SOME, "data.world.valid": _SOME, "data.world.test": _SOME,
-    "vision.frames": _SOME, "vision.workers": _SOME, "vision.timeout_s": _POSITIVE, "vision.batch_frames": _SOME,
+    "vision.frames": _SOME, "vision.workers": _ANY, "vision.timeout_s": _POSITIVE, "vision.batch_frames": _SOME,
     "retriever.k": _ANY, "retriever.max_tokens": _SOME,
     "prompt.max_prompt_tokens": _SOME, "prompt.max_target_tokens": Range(2),  # one, and the end
     "bootstrap.dialogues": Range(2), "bootstrap.vocab_size": _SOME,

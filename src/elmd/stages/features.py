@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import time
 from collections.abc import Iterable, Mapping
@@ -135,6 +136,12 @@ def run(cfg: Config, job: Job) -> Outcome:
 STAGE = Stage("features", 1, depends, run)
 
 
+def spare_cores() -> int:
+    """Cores for each process of this machine but one, which feeds the encoder; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
+
+
 def _weights(cfg: Config) -> str | None:
     """Where the encoder lies. Not `vision.path` for a ResNet: in a sweep that is the other systems' encoder."""
     return cfg.baseline.resnet if cfg.vision.kind is VisionKind.resnet else cfg.vision.path
@@ -194,7 +201,7 @@ class Encoded:
             frames=CANDIDATES if self.random else self.vision.frames,
             size=self.encoder.image_size,
             decoder=self.vision.decoder.value,
-            workers=self.vision.workers,
+            workers=self.vision.workers or spare_cores(),
             timeout_s=self.vision.timeout_s,
             ahead=2 * clips_at_once,
         )
