@@ -131,8 +131,8 @@ class Task:
         ptuning = Step("p-tuning", self._one_by_one, checkpointing=True, all_logits=True, rows=1)
         #: For each way what to try, the first that fits counts.
         self.ways = [
-            [Step("elmd", self._elmd(self.model))],
-            [Step("elmd, checkpointing", self._elmd(self.again), checkpointing=True)],
+            [Step("elmd", self.elmd(self.model))],
+            [Step("elmd, checkpointing", self.elmd(self.again), checkpointing=True)],
             [Step(stock, self._stock(rows), all_logits=True, rows=rows) for rows in halves],
             [ptuning] if self.prefix else [Step("elmd, no split", self._no_split)],
         ]
@@ -181,10 +181,10 @@ class Task:
             )
         )  # fmt: skip
 
-    def _elmd(self, model: Elmd) -> Callable[[Sequence[int]], Iterator[Tensor]]:
+    def elmd(self, model: Elmd, **how: Any) -> Callable[[Sequence[int]], Iterator[Tensor]]:
         task = TokenTask(
             model, {}, self.samples, Accelerator(cpu=self.llm.device.type == "cpu"), batch_size=self.scale.batch,
-            micro_tokens=self.scale.micro_tokens, seed=0, evaluate=dict,
+            micro_tokens=self.scale.micro_tokens, seed=0, evaluate=dict, **how,
         )  # fmt: skip
 
         def parts(batch: Sequence[int]) -> Iterator[Tensor]:

@@ -71,8 +71,9 @@ def collect(paths: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
 
 def given(text: str) -> Path | tuple[str, Path]:
     """A path, or a NAME=FILE. What exists is a path: sweeps name folders `ablation=none,seed=0`."""
-    name, equals, path = text.partition("=")
-    return Path(text) if not equals or not name or "/" in name or Path(text).exists() else (name, Path(path))
+    name, _, path = text.partition("=")
+    other = name and (Path(path).is_file() or (path and "/" not in name)) and not Path(text).exists()
+    return (name, Path(path)) if other else Path(text)
 
 
 def experiments(path: Path) -> list[Path]:

@@ -73,7 +73,7 @@ def test_a_trainer_that_moves_positions_is_found_out(monkeypatch: pytest.MonkeyP
 def test_the_split_of_rep_keeps_less_and_gives_the_same() -> None:
     near, far = [measured(case) for case in rep.cases(small=True)]
     for found in (near, far):
-        assert list(facts(found)) == ["elmd", "elmd, no split", "transformers"]
+        assert list(facts(found)) == ["elmd", "elmd, no split", "transformers", "elmd, prompts kept"]
         assert found.apart < 1e-4
         saved = {way: one["saved for backward, MiB"] for way, one in facts(found).items()}
         assert 0 < saved["elmd, no split"] < saved["transformers"]

@@ -182,3 +182,14 @@ def test_wrong_arguments(main: Callable[[list[str]], int], capsys: pytest.Captur
 def test_nothing_could_be_scored(main: Callable[[list[str]], int], tmp_path: Path) -> None:
     assert main([str(tmp_path / "nowhere.jsonl"), "--out", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_may_hold_anything_and_what_exists_is_a_path(tmp_path: Path) -> None:
+    given = runpy.run_path(str(SCRIPT))["given"]
+    file, job = tmp_path / "theirs.jsonl", tmp_path / "ablation=none,seed=0"
+    file.touch()
+    job.mkdir()
+    assert given(f"<script>a</script>={file}") == ("<script>a</script>", file)
+    assert given("Theirs=missing.jsonl") == ("Theirs", Path("missing.jsonl"))
+    for path in (job, file, tmp_path / "missing" / "ablation=none"):
+        assert given(str(path)) == path

@@ -409,7 +409,11 @@ def _warnings(rows: Sequence[Row], reference: str, n: int) -> list[str]:
     found = []
     if n < LEAST_SAMPLES:
         found.append(f"n too small to say: {n} samples, and a verdict takes {LEAST_SAMPLES}.")
-    few = [f"{row.name} ({len(row.seeds)})" for row in rows if row.kind != "floor" and len(row.seeds) < LEAST_SEEDS]
+    few = [
+        f"{row.name} ({'unknown' if row.kind == 'third party' else len(row.seeds)})"
+        for row in rows
+        if row.kind != "floor" and len(row.seeds) < LEAST_SEEDS
+    ]
     if few:
         found.append(f"Too few training seeds to say, a verdict takes {LEAST_SEEDS}: {', '.join(few)}.")
     for row in rows:

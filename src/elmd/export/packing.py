@@ -332,7 +332,6 @@ def model_card(trained: Trained, facts: Mapping[str, Any], *, license: str | Non
         library_name="elmd",
         base_model=[base["model"] for base in bases if base["hub"]] or None,
         base_model_relation="adapter" if facts["llm"]["hub"] else None,
-        datasets=[data],
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=facts["name"] if results else None,  # the name that the results are under
         eval_results=results or None,
