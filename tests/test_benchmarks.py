@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("datasets", reason="peers of the benchmarks are not installed (pip install -e '.[bench]')")
+
 from benchmarks import __main__ as bench
 from benchmarks import encode, erm, generation, retrieval
 from benchmarks.harness import Case, Unequal, Way, measure
