@@ -39,6 +39,8 @@ def score(args: argparse.Namespace) -> None:
     written = scoring.write_result(args.folder, result)
     log.table(f"Human evaluation ({result['n']} samples)", *scoring.rows(result))
     log.table("Cohen's kappa", *scoring.kappa_rows(result))
+    for note in scoring.notes(result):
+        log.logger.info("%s", note)
     for warning in result["warnings"]:
         log.logger.warning("%s", warning)
     log.logger.info("written: %s", ", ".join(map(str, written)))

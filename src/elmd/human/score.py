@@ -356,7 +356,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts += [markdown_table(*kappa_rows(result))]
     if result["warnings"]:
         parts += ["## Warnings", _list(result["warnings"])]
-    return "\n\n".join([*parts, "## What this is", _list(_notes(result))]) + "\n"
+    return "\n\n".join([*parts, "## What this is", _list(notes(result))]) + "\n"
 
 
 def latex(result: Mapping[str, Any]) -> str:
@@ -396,7 +396,8 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> list[Path]:
     return [folder / f"human.{ending}" for ending in ("json", *texts)]
 
 
-def _notes(result: Mapping[str, Any]) -> list[str]:
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What the tables do not say of themselves, a sentence each."""
     paper, reference = result["paper"], result["reference"]
     test = f"p: paired permutation against {reference}, Holm's correction over the table."
     other = f", and these are other data ({result['data']}): no yardstick"
