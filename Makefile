@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	@touch $@
 
-demo: $(READY)  ## the whole method on the tiny world: train, generate, score, report (about 5 minutes on 2 cores)
+demo: $(READY)  ## the whole method on the tiny world: train, generate, score, report (about 7 minutes on 2 cores)
 	$(BIN)/python -m elmd.train experiment=demo
 	$(BIN)/python -m elmd.evaluate experiment=demo
 	$(BIN)/python -m elmd.report runs/experiments/demo
