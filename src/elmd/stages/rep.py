@@ -73,7 +73,7 @@ def run(cfg: Config, job: Job) -> Outcome:
                 fix="leave it false with FSDP",
             )
         size = kept_bytes(parts.llm, free) / 1e9
-        logger.info("prompts are kept: %.1f GB of main memory for %d tokens, over all processes", size, free)
+        logger.info("prompts are kept: up to %.1f GB of main memory in each process, for %d tokens", size, free)
     steps = cfg.rep.epochs * math.ceil(len(train) / cfg.rep.batch_size)
     assert model.projector is not None
     task = TokenTask(
