@@ -87,43 +87,37 @@ def task_of(llm: Any, scale: Scale, *, before: int = 100, frames: int = 8, rows:
     return Task("eerg", llm, replace(scale, batch=rows), samples, longest=0)
 
 
-def steps(tasks: Sequence[Task], rounds: int) -> list[float]:
-    """Milliseconds of a whole training step of each."""
+def steps(
+    title: str, size: str, few: Sequence[int], many: Sequence[int], vary: Callable[[Any, Scale, int], Task]
+) -> Callable[[bool, int], Curve]:
+    """Milliseconds of a whole training step, by a size that `vary` makes a task of: `few` of them when small."""
 
-    def step(task: Task) -> Callable[[], None]:
-        return lambda: task.step(task.steps["elmd"], range(task.scale.batch))
+    def curve(small: bool, rounds: int) -> Curve:
+        llm, scale = model(small)
+        sizes = few if small else many
+        tasks = [vary(llm, scale, one) for one in sizes]
+        works = [partial(task.step, task.steps["elmd"], range(task.scale.batch)) for task in tasks]
+        return Curve(title, size, "ms", sizes, {"step": [1000 * one for one in medians(works, rounds)]})
 
-    return [1000 * one for one in medians([step(task) for task in tasks], rounds)]
-
-
-def history(small: bool, rounds: int) -> Curve:
-    llm, scale = model(small)
-    sizes = [16, 32] if small else [64, 128, 256, 512, 1024]
-    found = steps([task_of(llm, scale, before=size) for size in sizes], rounds)
-    return Curve(
-        "A step of EERG, batch of 4", "tokens of instruction, history, utterance", "ms", sizes, {"step": found}
-    )
+    return curve
 
 
-def frames(small: bool, rounds: int) -> Curve:
-    llm, scale = model(small)
-    sizes = [1, 4] if small else [1, 4, 16, 64, 256]
-    found = steps([task_of(llm, scale, frames=size) for size in sizes], rounds)
-    return Curve("A step of EERG, batch of 4, features cached", "frames m", "ms", sizes, {"step": found})
-
-
-def prefix(small: bool, rounds: int) -> Curve:
-    llm, scale = model(small)
-    sizes = [2, 4] if small else [8, 32, 128, 512]
-    found = steps([task_of(llm, replace(scale, prefix=size)) for size in sizes], rounds)
-    return Curve("A step of EERG, batch of 4", "prefix length P", "ms", sizes, {"step": found})
-
-
-def batch(small: bool, rounds: int) -> Curve:
-    llm, scale = model(small)
-    sizes = [1, 2] if small else [1, 2, 4, 8, 16]
-    found = steps([task_of(llm, scale, rows=size) for size in sizes], rounds)
-    return Curve("A step of EERG", "samples in a batch", "ms", sizes, {"step": found})
+history = steps(
+    "A step of EERG, batch of 4", "tokens of instruction, history, utterance", [16, 32], [64, 128, 256, 512, 1024],
+    lambda llm, scale, size: task_of(llm, scale, before=size),
+)  # fmt: skip
+frames = steps(
+    "A step of EERG, batch of 4, features cached", "frames m", [1, 4], [1, 4, 16, 64, 256],
+    lambda llm, scale, size: task_of(llm, scale, frames=size),
+)  # fmt: skip
+prefix = steps(
+    "A step of EERG, batch of 4", "prefix length P", [2, 4], [8, 32, 128, 512],
+    lambda llm, scale, size: task_of(llm, replace(scale, prefix=size)),
+)  # fmt: skip
+batch = steps(
+    "A step of EERG", "samples in a batch", [1, 2], [1, 2, 4, 8, 16],
+    lambda llm, scale, size: task_of(llm, scale, rows=size),
+)  # fmt: skip
 
 
 def memory(small: bool, _: int) -> Curve:
