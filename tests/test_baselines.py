@@ -25,6 +25,7 @@ from elmd.errors import CheckpointError, ConfigError
 from elmd.evaluation.score import read_predictions
 from elmd.models.inference import greedy, nucleus, stream
 from elmd.stages import baseline as stage
+from elmd.stages import depends
 from elmd.stages import generate as writing
 from elmd.stages.base import Depends, Job
 from elmd.training.artifacts import write_json
@@ -386,7 +387,7 @@ SMALL = ["baseline.layers=1", "baseline.width=16", "baseline.heads=2", "baseline
 
 
 def depends_of(*overrides: str) -> Depends:
-    return stage.depends(compose([*SMALL, *overrides]))
+    return depends.baseline(compose([*SMALL, *overrides]))
 
 
 @pytest.mark.parametrize("name", ["dialogpt", "livebot", "dialogpt_tiny", "livebot_tiny"])
@@ -396,7 +397,7 @@ def test_presets_compose_and_set_every_key_of_a_baseline(name: str) -> None:
     own = {field.name for field in fields(BaselineConfig)} - {"select_on", "resnet"}
     assert not {key for key in own if f"  {key}: " not in text}
     assert cfg.baseline.name.value == name.removesuffix("_tiny")
-    assert stage.depends(cfg).seed == 0
+    assert depends.baseline(cfg).seed == 0
 
 
 def test_published_sizes_are_the_defaults() -> None:
@@ -422,7 +423,7 @@ def test_a_baseline_depends_on_what_it_reads_and_no_more(tmp_path: Path) -> None
         other = deepcopy(cfg)
         *groups, name = key.split(".")
         setattr(attrgetter(*groups)(other) if groups else other, name, value)
-        assert (stage.depends(other) != gpt) is read, key
+        assert (depends.baseline(other) != gpt) is read, key
     given = depends_of("baseline=dialogpt_tiny", f"baseline.vocab={tmp_path}/vocab.txt")
     assert given.files == {"vocab": tmp_path / "vocab.txt"}
     assert given.config == gpt.config
@@ -448,9 +449,9 @@ def test_dialogpt_has_positions_for_so_many_tokens_and_no_more() -> None:
     with pytest.raises(
         ConfigError, match=r"max_new_tokens: a reply may have 32 tokens, and DialoGPT learns 31 at most"
     ):
-        writing.depends(compose(["baseline=dialogpt_tiny", "baseline.max_tokens=31"]))
-    assert writing.depends(compose(["baseline=dialogpt_tiny"])).upstream == ("prepare", "baseline")
-    assert set(writing.depends(compose(["baseline=livebot_tiny"])).upstream) == {"prepare", "features", "baseline"}
+        depends.generate(compose(["baseline=dialogpt_tiny", "baseline.max_tokens=31"]))
+    assert depends.generate(compose(["baseline=dialogpt_tiny"])).upstream == ("prepare", "baseline")
+    assert set(depends.generate(compose(["baseline=livebot_tiny"])).upstream) == {"prepare", "features", "baseline"}
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,9 @@ from elmd.data.samples import (
 from elmd.data.source import Notes, RawDialogue, Source, load_background
 from elmd.errors import ConfigError, DataError
 from elmd.labels import EMOTIONS, Emotion
+from elmd.stages import depends
+from elmd.stages import prepare as stage
 from elmd.stages.base import Job
-from elmd.stages.prepare import STAGE
 from elmd.types import SPLITS, Clip, Dialogue, Sample, Sentence, Utterance
 
 HAPPY, SAD, NEUTRAL = Emotion.HAPPY, Emotion.SAD, Emotion.NEUTRAL
@@ -529,7 +530,7 @@ def test_the_stage_writes_samples_and_audit(tmp_path: Path, capsys: pytest.Captu
     out = tmp_path / "out"
     out.mkdir()
     cfg = config(reader=Reader.jsonl, path=str(talks(tmp_path / "d.jsonl")))
-    outcome = STAGE.run(cfg, job(out))
+    outcome = stage.run(cfg, job(out))
     assert sorted(file.name for file in out.iterdir()) == ["audit.json", "samples.jsonl"]
     assert Counter(s.split for s in load_samples(out / "samples.jsonl")) == outcome.counts["samples"]
     assert json.loads((out / "audit.json").read_text()) == audit(load_samples(out / "samples.jsonl"))
@@ -545,9 +546,9 @@ def test_the_stage_reads_the_tiny_world_from_bootstrap(tmp_path: Path) -> None:
     records = [{"id": s, "split": s, "utterances": [line("甲", "你好"), line("乙", "好")]} for s in SPLITS]
     write_jsonl(tmp_path / "world" / "dialogues.jsonl", *records)
     cfg = config(reader=Reader.tiny, split=SplitRule.official)
-    assert STAGE.depends(cfg).upstream == ("bootstrap/world",)
-    assert not STAGE.depends(cfg).files
-    counts = STAGE.run(cfg, job(tmp_path / "out", {"bootstrap/world": tmp_path / "world"})).counts
+    assert depends.prepare(cfg).upstream == ("bootstrap/world",)
+    assert not depends.prepare(cfg).files
+    counts = stage.run(cfg, job(tmp_path / "out", {"bootstrap/world": tmp_path / "world"})).counts
     assert counts["samples"] == dict.fromkeys(SPLITS, 1)
 
 
@@ -555,14 +556,14 @@ def test_depends_on_contents_and_not_on_places(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
     first, second = (config(reader=Reader.jsonl, path=str(talks(tmp_path / name / "d.jsonl"))) for name in "ab")
-    assert STAGE.depends(first).config == STAGE.depends(second).config
-    assert STAGE.depends(first).seed is None
-    assert set(STAGE.depends(first).files) == {"data"}
+    assert depends.prepare(first).config == depends.prepare(second).config
+    assert depends.prepare(first).seed is None
+    assert set(depends.prepare(first).files) == {"data"}
     official = config(reader=Reader.jsonl, path=first.data.path, split=SplitRule.official, split_seed=5)
-    assert STAGE.depends(official).config["split_seed"] is None
+    assert depends.prepare(official).config["split_seed"] is None
     for changed in ({"split_seed": 1}, {"filters": ["two_speakers"]}, {"on_missing_clip": OnMissingClip.drop}):
         other = config(reader=Reader.jsonl, path=first.data.path, **changed)
-        assert STAGE.depends(other).config != STAGE.depends(first).config, changed
+        assert depends.prepare(other).config != depends.prepare(first).config, changed
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "video_root"])
@@ -572,12 +573,12 @@ def test_a_clip_that_appears_makes_another_artifact(tmp_path: Path, kind: str) -
     else:
         file = write_cped(tmp_path / "c.csv", [("1", "1_0", "1_0_0", "甲", "happy", "好")])
         cfg = config(reader=Reader.cped, path=str(file), video_root=str(tmp_path), video_template="{utterance}.mp4")
-    before = STAGE.depends(cfg).config
-    assert STAGE.depends(cfg).config == before
+    before = depends.prepare(cfg).config
+    assert depends.prepare(cfg).config == before
     (tmp_path / "1.mp4").write_bytes(b"x")
-    assert STAGE.depends(cfg).config != before
+    assert depends.prepare(cfg).config != before
 
 
 def test_m3ed_depends_on_its_annotation_and_not_on_videos_beside_it(tmp_path: Path) -> None:
     folder = write_m3ed(tmp_path / "m", {"S_1": {"S_1_1": {}}}, train=["S"])
-    assert set(STAGE.depends(config(reader=Reader.m3ed, path=str(folder))).files) == {"annotation.json", "splitInfo"}
+    assert set(depends.prepare(config(reader=Reader.m3ed, path=str(folder))).files) == {"annotation.json", "splitInfo"}

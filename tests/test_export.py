@@ -29,12 +29,15 @@ from elmd.data.samples import save_samples
 from elmd.errors import ArtifactError, CheckpointError, ClipError, ConfigError, DataError
 from elmd.evaluation.score import read_predictions
 from elmd.export.__main__ import main
-from elmd.export.packing import export, model_card, read_job
+from elmd.export.card import model_card
+from elmd.export.job import read_job
+from elmd.export.packing import export
 from elmd.models.adapter import Adapter, Lora, Prefix
 from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm
 from elmd.models.projector import Projector
 from elmd.pack import load_pack, to_sample
+from elmd.pack_folder import file_facts
 from elmd.stages import features as features_stage
 from elmd.stages import index as index_stage
 from elmd.stages.base import Job
@@ -533,7 +536,7 @@ def test_a_pack_that_is_not_whole_or_leads_elsewhere_is_refused(full: Path, llm_
     old = modules.read_text(encoding="utf-8")
     modules.write_text(old.replace('"1_Pooling"', '"../../x"'), encoding="utf-8")
     refused(r"modules\.json is not as it was packed")
-    change(full, files={**files, "retriever/modules.json": elmd.pack.file_facts(modules)})
+    change(full, files={**files, "retriever/modules.json": file_facts(modules)})
     refused("leads to")
     (full / "elmd.json").write_text("[]")
     refused("is no packed model")

@@ -23,6 +23,7 @@ from elmd.data.video import read_clip
 from elmd.errors import ArtifactError, CheckpointError, ConfigError, DataError
 from elmd.labels import Emotion
 from elmd.models.vision import FrameEncoder, VisionEncoder, pool
+from elmd.stages import depends
 from elmd.stages import features as stage
 from elmd.stages.base import Job
 from elmd.types import Clip, Sample, Utterance
@@ -283,7 +284,7 @@ def test_one_frame_is_drawn_by_the_sample_and_not_pooled(
 
 
 def test_features_depend_on_how_frames_are_chosen(tmp_path: Path) -> None:
-    uniform, random = (stage.depends(cfg) for cfg in (config(tmp_path, frames=1), drawn(tmp_path)))
+    uniform, random = (depends.features(cfg) for cfg in (config(tmp_path, frames=1), drawn(tmp_path)))
     assert uniform.config["sampling"] == "uniform"
     assert {k for k in uniform.config if uniform.config[k] != random.config[k]} == {"sampling"}
 
@@ -327,7 +328,7 @@ def test_a_resnet_gives_a_vector_for_each_frame(tmp_path: Path, resnet: Path) ->
             expected = public.resnet(pixels).last_hidden_state.mean((2, 3))
         torch.testing.assert_close(store.get(one.id), expected, atol=2e-3, rtol=1e-3)
     assert not torch.allclose(store.get("d#0"), store.get("d#1"))
-    assert stage.depends(livebot(tmp_path, resnet)).files == {"vision": resnet}
+    assert depends.features(livebot(tmp_path, resnet)).files == {"vision": resnet}
 
 
 def test_folders_that_hold_no_resnet(tmp_path: Path, resnet: Path, encoder: VisionEncoder) -> None:

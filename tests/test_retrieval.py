@@ -31,6 +31,7 @@ from elmd.retrieval import load_retriever, retriever
 from elmd.retrieval.index import Index, Queries, demonstrations, load_demonstrations, save_demonstrations
 from elmd.retrieval.retriever import Tokens, add_separation, cut_texts, embed, encode, separation_of
 from elmd.retrieval.self_separation import SelfSeparation
+from elmd.stages import depends
 from elmd.stages import erm as erm_stage
 from elmd.stages import index as index_stage
 from elmd.stages.base import Job
@@ -517,9 +518,9 @@ def run_stages(cfg: Config, prepared: Path, folder: Path) -> tuple[Any, Any]:
     accelerator = Accelerator(cpu=True)
     for name in ("erm", "index"):
         (folder / name).mkdir(parents=True)
-    erm = erm_stage.STAGE.run(cfg, Job(folder / "erm", {"prepare": prepared}, accelerator))
+    erm = erm_stage.run(cfg, Job(folder / "erm", {"prepare": prepared}, accelerator))
     upstream = {"prepare": prepared, "erm": folder / "erm"}
-    return erm, index_stage.STAGE.run(cfg, Job(folder / "index", upstream, accelerator))
+    return erm, index_stage.run(cfg, Job(folder / "index", upstream, accelerator))
 
 
 def test_erm_learns_the_emotion_and_the_index_leaks_nothing(bert: Path, prepared: Path, tmp_path: Path) -> None:
@@ -592,14 +593,14 @@ def test_audit_equals_a_count_over_pairs() -> None:
 
 def test_stage_fingerprints_name_what_they_depend_on(bert: Path) -> None:
     cfg = config(bert)
-    assert erm_stage.depends(cfg).files == {"retriever": bert}
-    assert list(erm_stage.depends(cfg).upstream) == ["prepare"]
-    assert "checkpoint_every" not in erm_stage.depends(cfg).config["erm"]
+    assert depends.erm(cfg).files == {"retriever": bert}
+    assert list(depends.erm(cfg).upstream) == ["prepare"]
+    assert "checkpoint_every" not in depends.erm(cfg).config["erm"]
     cfg.retriever.path = "bootstrap"
-    assert erm_stage.depends(cfg).files == {}
-    assert list(erm_stage.depends(cfg).upstream) == ["prepare", "bootstrap/retriever"]
-    assert list(index_stage.depends(cfg).upstream) == ["prepare", "erm"]
-    assert index_stage.depends(cfg).seed is None
+    assert depends.erm(cfg).files == {}
+    assert list(depends.erm(cfg).upstream) == ["prepare", "bootstrap/retriever"]
+    assert list(depends.index(cfg).upstream) == ["prepare", "erm"]
+    assert depends.index(cfg).seed is None
 
 
 def test_a_split_without_samples_is_an_error_that_names_it(bert: Path, tmp_path: Path) -> None:

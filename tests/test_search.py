@@ -18,6 +18,7 @@ from elmd.errors import ConfigError, DataError
 from elmd.labels import Emotion
 from elmd.retrieval import nearest as module
 from elmd.retrieval.index import Index, Neighbours, Queries, demonstrations
+from elmd.stages import depends
 from elmd.stages import index as index_stage
 from elmd.types import Sample, Utterance
 
@@ -238,7 +239,7 @@ def test_only_a_search_that_was_chosen_is_in_the_fingerprint(tmp_path: Path) -> 
         data=DataConfig(name="t", reader=Reader.jsonl, path="x"),
         retriever=RetrieverConfig(name="t", path=str(tmp_path)),
     )
-    assert set(index_stage.depends(cfg).config) == {"k", "key", "allow_same_dialogue"}
+    assert set(depends.index(cfg).config) == {"k", "key", "allow_same_dialogue"}
     for search in (Search.exact, Search.faiss):
         cfg.retriever.search = search
-        assert index_stage.depends(cfg).config["search"] == search.value
+        assert depends.index(cfg).config["search"] == search.value

@@ -25,10 +25,9 @@ def evaluate(cfg: Config, accelerator: Accelerator) -> None:
         raise ConfigError("has no stages", where="elmd.evaluate", fix="leave stage= out; python -m elmd.train has them")
 
     from elmd.data.samples import load_samples
-    from elmd.evaluation.runs import system_name
+    from elmd.evaluation.runs import PREDICTIONS, system_name
     from elmd.evaluation.score import read_predictions
     from elmd.stages.chain import Chain
-    from elmd.stages.generate import PREDICTIONS
 
     chain = Chain(cfg, accelerator)
     made = chain.run_one("generate")

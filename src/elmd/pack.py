@@ -17,35 +17,47 @@ in a pack is code or a pickle, and nothing in it is opened but the names above a
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elmd.config import Config, VisionKind, check_ranges
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples, Features, no_features
+from elmd.data.new_dialogue import to_sample
 from elmd.data.prompts import Prompt
-from elmd.data.samples import Pair, load_samples, merge
-from elmd.data.source import Notes, RawDialogue
+from elmd.data.samples import load_samples
 from elmd.errors import CheckpointError, ClipError, ConfigError, DataError, reason
-from elmd.hub import is_hub_id, snapshot
 from elmd.labels import Emotion
 from elmd.log import logger
-from elmd.models.elmd import ADAPTER, PROJECTOR, Elmd
+from elmd.models import PROJECTOR
+from elmd.models.elmd import Elmd
 from elmd.models.inference import generate
 from elmd.models.llm import load_llm, open_llm
 from elmd.models.sharding import sharding
+from elmd.pack_folder import (
+    FACTS,
+    INDEX,
+    PROMPT,
+    RETRIEVER,
+    TEXTS,
+    VISION_PARTS,
+    check_base,
+    check_files,
+    check_weights,
+    fetch,
+    give_base,
+    named_base,
+    read_facts,
+    shape_of,
+)
 from elmd.retrieval import load_retriever
 from elmd.retrieval.index import Index, demonstrations
 from elmd.retrieval.retriever import encode
@@ -53,33 +65,7 @@ from elmd.stages.base import Job
 from elmd.stages.eerg import task_of
 from elmd.stages.features import Encoded, Precomputed, Shards
 from elmd.stages.parts import check_ids, place
-from elmd.training.artifacts import digest
-from elmd.types import Clip, Demonstration, Sample, Sentence
-
-#: Raised when a folder that this version writes could not be read by an earlier one.
-FORMAT = 1
-FACTS, CARD, PROMPT, RETRIEVER, INDEX = "elmd.json", "README.md", "prompt.json", "retriever", "index"
-TEXTS = f"{INDEX}/samples.jsonl"
-
-#: Endings of all that a pack may hold: none of them can carry code.
-ENDINGS = (".json", ".jsonl", ".safetensors", ".txt", ".model", ".md")
-
-#: The choices of a run that a reply depends on, by group of its configuration.
-CHOICES = {
-    "data": ("name", "reader", "split", "split_seed", "filters"),
-    "llm": ("name", "dtype", "attention"),
-    "vision": (
-        "name", "kind", "frames", "sampling", "decoder", "workers", "timeout_s", "batch_frames", "dtype", "shape",
-    ),
-    "retriever": ("name", "k", "key", "allow_same_dialogue"),
-    "prompt": ("max_prompt_tokens", "max_target_tokens"),
-    "eerg": ("adapter", "with_emotion"),
-    "generate": ("top_p", "temperature", "max_new_tokens", "seeds", "batch_tokens"),
-}  # fmt: skip
-
-_PROBE = "[Round 1]\n问：你怎么才来？ 2024\n\n答：Ωé…"
-#: Tensors of a vision checkpoint that are the encoder's; a BLIP-2 folder also holds a language model.
-VISION_PARTS = ("vision_model.", "qformer.", "query_tokens")
+from elmd.types import Demonstration, Sample
 
 
 @dataclass(frozen=True)
@@ -114,14 +100,14 @@ class Pack:
             if Path(path).is_dir():
                 raise
             what = f"is no folder, and as a hub id it {error.what}"
-            raise CheckpointError(what, where=path, fix=_give("llm", base)) from error
+            raise CheckpointError(what, where=path, fix=give_base("llm", base)) from error
         if (found := shape_of(config, tokenizer)) != base["shape"]:
             pairs = [(key, found[key], value) for key, value in base["shape"].items() if found.get(key) != value]
             wrong = ", ".join(f"{key} {here} for {there}" for key, here, there in pairs)
             raise CheckpointError(
                 f"is not the language model that {facts['name']} was trained with ({wrong})",
                 where=path,
-                fix=_give("llm", base),
+                fix=give_base("llm", base),
             )
         check_weights(path, base, facts["name"], "llm")
         llm, tokenizer = load_llm(
@@ -247,7 +233,7 @@ class Pack:
             raise CheckpointError(
                 "a clip needs the vision encoder, which is no part of a pack",
                 where=self.facts["name"],
-                fix=_give("vision", self.facts["vision"]),
+                fix=give_base("vision", self.facts["vision"]),
             )
         else:
             if self._eyes is None:
@@ -305,264 +291,26 @@ def load_pack(
     """
     for role, path in (("llm", llm), ("vision", vision)):
         if path is not None:
-            _check_given(role, str(path))
-    folder = _fetch(str(source))
+            check_base(role, str(path))
+    folder = fetch(str(source))
     facts = read_facts(folder)
-    _check_files(folder, facts["files"])
+    check_files(folder, facts["files"])
     cfg = _config(folder, facts)
     cfg.cpu = cpu
-    cfg.llm.path = str(llm) if llm is not None else _hub(facts["llm"])
+    cfg.llm.path = str(llm) if llm is not None else named_base(facts["llm"])
     if cfg.llm.path is None:
         raise CheckpointError(
             "the language model is no part of a pack, and this one was trained with a local folder of it",
             where=facts["name"],
-            fix=_give("llm", facts["llm"]),
+            fix=give_base("llm", facts["llm"]),
         )
     if cfg.vision.kind is VisionKind.encoder:
-        cfg.vision.path = str(vision) if vision is not None else _hub(facts["vision"])
+        cfg.vision.path = str(vision) if vision is not None else named_base(facts["vision"])
         if cfg.vision.path is not None:
             check_weights(cfg.vision.path, facts["vision"], facts["name"], "vision", VISION_PARTS)
     elif vision is not None:
         raise ConfigError(f"{facts['name']} uses no vision encoder", where="vision", fix="leave it out")
     return Pack(folder, facts, cfg, Accelerator(cpu=cpu))
-
-
-def to_sample(
-    utterance: tuple[str, str],
-    history: Sequence[tuple[str, str]] = (),
-    *,
-    clip: str | Path | None = None,
-    background: str | None = None,
-    responder: str | None = None,
-    id: str = "reply",
-) -> Sample:
-    """A sample of a new dialogue, for `Pack.reply_all`.
-
-    Consecutive turns of one speaker are joined, as in training (§4.1).
-
-    Args:
-        utterance: u, as (speaker, text).
-        history: H, oldest first.
-        clip: a video of u, or a folder of frames.
-        background: B.
-        responder: who is to reply; None: who last spoke in the history apart from the speaker of u.
-        id: of the dialogue, unlike all that were trained on; the draw of a sampled reply depends on it.
-
-    Raises:
-        DataError: u or a turn of H is no pair of texts, u has no text, or its speaker is to reply.
-        ClipError: there is no such clip.
-    """
-    if not _is_turn(utterance):
-        raise DataError("is no pair of texts", where="utterance", fix="give (speaker, text)")
-    speaker, text = utterance
-    history = turns(history, "history")
-    if clip is not None:
-        check_clip(Path(clip))
-    if responder == speaker:
-        raise DataError(f"{speaker} cannot reply to {speaker}", where="responder", fix="name another speaker")
-    if not text.strip():
-        raise DataError("there is nothing to reply to", where="utterance", fix="give its text")
-    if responder is None:
-        others = [name for name, _ in history if name != speaker]
-        responder = others[-1] if others else next(name for name in ("A", "B") if name != speaker)
-    seen = Clip(str(Path(clip).absolute())) if clip is not None else None
-    lines = [*((name, said, None) for name, said in history), (speaker, text, seen), (responder, "", None)]
-    # No emotion of an earlier turn is read; the reply's own is what the model is to say.
-    sentences = tuple(
-        Sentence(str(i), name, said, Emotion.NEUTRAL, shown) for i, (name, said, shown) in enumerate(lines)
-    )
-    dialogue = merge(RawDialogue(id, "", sentences), background, Notes())
-    return Pair(dialogue, len(dialogue.utterances) - 1).sample("test", text_only=False)
-
-
-def turns(found: object, where: str | Path) -> list[tuple[str, str]]:
-    """Turns of a dialogue as (speaker, text), out of what a user gave for them.
-
-    Raises:
-        DataError: it is something else.
-    """
-    if isinstance(found, str) or not isinstance(found, Sequence) or not all(map(_is_turn, found)):
-        raise DataError(
-            "is no list of turns, each a speaker and a text",
-            where=where,
-            fix='give [["A", "…"], ["B", "…"]], oldest first',
-        )
-    return [(speaker, text) for speaker, text in found]
-
-
-def _is_turn(found: object) -> bool:
-    return isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, str) for part in found)
-
-
-def check_clip(path: Path) -> None:
-    """
-    Raises:
-        ClipError: there is nothing at the path.
-    """
-    if not path.exists():
-        raise ClipError("there is no such clip", where=path, fix="check the path")
-
-
-# --- the folder ----------------------------------------------------------------------------------------------------
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """The content of `elmd.json`.
-
-    Raises:
-        CheckpointError: the folder is no pack.
-        ConfigError: it was written by a later version.
-    """
-    try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        number, whole = facts["format"], {"name", "config", "llm", "vision", "index", "files"} <= facts.keys()
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"is no packed model ({FACTS} is missing or damaged)",
-            where=folder,
-            fix="make one: python -m elmd.export JOB_FOLDER --out DIR",
-        ) from error
-    if number != FORMAT or not whole:
-        raise ConfigError(
-            f"format {number!r} is not {FORMAT}, which this version reads", where=folder / FACTS, fix="update ELMD"
-        )
-    return facts
-
-
-def packed_files(folder: Path) -> list[str]:
-    """Names of the files of a pack that replies are made with: all that may be opened, and no other."""
-    inside = [path for part in (ADAPTER, RETRIEVER, INDEX) for path in sorted((folder / part).rglob("*"))]
-    found = [path for path in (folder / PROMPT, folder / PROJECTOR, *inside) if path.is_file()]
-    return [path.relative_to(folder).as_posix() for path in found if not path.name.startswith(".")]
-
-
-def file_facts(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def shape_of(config: Any, tokenizer: Any) -> dict[str, Any]:
-    """What must be equal for a language model to take the place of another: sizes, and how text becomes ids."""
-    text = config.get_text_config(decoder=True)
-    words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.encode(_PROBE)]
-    return {
-        "model_type": config.model_type,
-        "hidden_size": text.hidden_size,
-        "layers": text.num_hidden_layers,
-        "vocabulary": text.vocab_size,
-        "tokenizer": digest(words),
-    }
-
-
-def fingerprint(path: str, parts: tuple[str, ...] = ("",)) -> str | None:
-    """16 hex digits of a folder's weights: of the first row of each tensor in bfloat16, so that neither the shards nor
-    the stored precision matter, and gigabytes need not be read. None for a hub id, which stands for itself.
-
-    Args:
-        parts: tensors whose names begin so.
-
-    Raises:
-        CheckpointError: the folder holds no whole safetensors files.
-    """
-    folder = Path(path)
-    if not folder.is_dir() and is_hub_id(path):
-        return None
-    rows: dict[str, list[Any]] = {}
-    try:
-        index = folder / "model.safetensors.index.json"
-        shards = {"model.safetensors"}
-        if index.is_file():
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = {shard for name, shard in listed.items() if name.startswith(parts)}
-        for shard in shards:
-            with safe_open(folder / shard, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (not a dict)
-                    if name.startswith(parts):
-                        size = file.get_slice(name).get_shape()
-                        row = file.get_slice(name)[:1] if size else file.get_tensor(name)
-                        raw = row.to(torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes()
-                        rows[name] = [size, hashlib.sha256(raw).hexdigest()]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            f"its weights cannot be read ({reason(error)})", where=path, fix="give a folder of whole safetensors files"
-        ) from error
-    return digest(rows)
-
-
-def check_weights(path: str, base: Mapping[str, Any], name: str, role: str, parts: tuple[str, ...] = ("",)) -> None:
-    """
-    Raises:
-        CheckpointError: the folder's weights are not those that the pack was trained with.
-    """
-    found = fingerprint(path, parts)
-    if None not in (found, base["fingerprint"]) and found != base["fingerprint"]:
-        raise CheckpointError(
-            f"its weights are not those that {name} was trained with",
-            where=path,
-            fix=_give(role, base),
-        )
-
-
-def _give(role: str, base: Mapping[str, Any]) -> str:
-    """What to do about a base model that is missing or wrong; `role` is an argument here and an option of commands."""
-    if artifact := base.get("artifact"):
-        return f"give {role} the folder of artifact {artifact} under the runs/ it was trained in"
-    return f"give {role} the folder or hub id of {base['model']}"
-
-
-def _check_given(role: str, path: str) -> None:
-    """
-    Raises:
-        CheckpointError: neither a model's folder nor, by its form, a hub id.
-    """
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise CheckpointError(
-                "holds no model (config.json is missing)", where=path, fix=f"give {role} the folder that has it"
-            )
-    elif not is_hub_id(path):
-        raise CheckpointError("no such folder", where=path, fix=f"check the path given as {role}")
-
-
-def _hub(base: Mapping[str, Any]) -> str | None:
-    """The checkpoint that the pack itself names, where others can have it too."""
-    return base["model"] if base["hub"] and is_hub_id(base["model"]) else None
-
-
-def _fetch(source: str) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    if not is_hub_id(source):
-        raise CheckpointError("no such folder", where=source, fix="check the path")
-    places = (f"{ADAPTER}/", f"{RETRIEVER}/", f"{INDEX}/")
-    patterns = [FACTS, CARD, PROMPT, PROJECTOR, *(f"{place}*{ending}" for place in places for ending in ENDINGS)]
-    return snapshot(
-        source, patterns, "check the name and the connection, or download the repository and give its folder"
-    )
-
-
-def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """
-    Raises:
-        CheckpointError: a file leads out of the folder, is of a kind that no pack has, or is not as it was packed.
-    """
-    for name, known in files.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or path.suffix not in ENDINGS:
-            raise CheckpointError(f"lists {name!r}, which no pack has", where=folder / FACTS, fix="do not use it")
-        if not (folder / path).is_file():
-            raise CheckpointError(f"{name} is missing", where=folder, fix="get the pack again, whole")
-        if file_facts(folder / path) != known:
-            raise CheckpointError(f"{name} is not as it was packed", where=folder, fix="get the pack again")
-    if unlisted := sorted(set(packed_files(folder)) - files.keys()):
-        raise CheckpointError(
-            f"holds {unlisted[0]}, which {FACTS} does not list", where=folder, fix="get the pack again"
-        )
-    if (modules := folder / RETRIEVER / "modules.json").is_file():
-        for entry in json.loads(modules.read_text(encoding="utf-8")):
-            if not re.fullmatch(r"\w*", entry["path"]):
-                raise CheckpointError(f"leads to {entry['path']!r}", where=modules, fix="do not use this pack")
 
 
 def _config(folder: Path, facts: Mapping[str, Any]) -> Config:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from elmd import log
 from elmd.cli import guard
+from elmd.data.new_dialogue import check_clip, turns
 from elmd.errors import DataError
+from elmd.pack_folder import check_base, fetch, read_facts
 
 
 def main() -> None:
@@ -31,17 +33,23 @@ def _main() -> None:
     given = parser.parse_args()
     log.setup()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    # What was typed is looked at before libraries and gigabytes are loaded.
+    history = read_history(given.history) if given.history else []
+    if given.clip:
+        check_clip(given.clip)
+    for role, path in (("llm", given.llm), ("vision", given.vision)):
+        if path is not None:
+            check_base(role, path)
+    folder = fetch(given.pack)
+    read_facts(folder)
 
     import transformers
 
-    from elmd.pack import check_clip, load_pack
+    from elmd.pack import load_pack
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    history = read_history(given.history) if given.history else []
-    if given.clip:
-        check_clip(given.clip)  # before gigabytes are read
-    model = load_pack(given.pack, llm=given.llm, vision=given.vision, cpu=given.cpu)
+    model = load_pack(folder, llm=given.llm, vision=given.vision, cpu=given.cpu)
     reply = model.reply(
         (given.speaker, given.utterance), history, clip=given.clip, background=given.background, seed=given.seed
     )
@@ -56,8 +64,6 @@ def read_history(path: Path) -> list[tuple[str, str]]:
     Raises:
         DataError: it cannot be read, or holds something else.
     """
-    from elmd.pack import turns
-
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

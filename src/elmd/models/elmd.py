@@ -19,12 +19,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from elmd.data.collate import IGNORED, Batch
 from elmd.errors import CheckpointError
+from elmd.models import ADAPTER, PROJECTOR
 from elmd.models.adapter import Adapter, fixed, load_adapter
 from elmd.models.projector import Projector
 from elmd.models.sharding import anywhere, is_sharded
-
-PROJECTOR = "projector.safetensors"
-ADAPTER = "adapter"
 
 #: Chooses the next token of the rows that still run: (logits [R, vocabulary], step, their places in the batch [R])
 #: -> ids [R].

@@ -59,19 +59,21 @@ def report(what: Sequence[str], *, human: Path | None = None, out: Path | None =
     Raises:
         DataError: something that is named cannot be read, or does not belong together.
     """
+    from elmd.report.results import Study
+
+    started = time.monotonic()
+    study = None if human is None else Study.read(human)
+    given = group(what)
+
     import transformers
 
     from elmd.evaluation.comparison import compare_systems, reference_of
     from elmd.evaluation.comparison_tables import write_comparison
     from elmd.report.links import Links
     from elmd.report.page import Part, render, sections
-    from elmd.report.results import Study
     from elmd.training.artifacts import write_text
 
-    started = time.monotonic()
     transformers.utils.logging.disable_progress_bar()
-    study = None if human is None else Study.read(human)
-    given = group(what)
     first = given[0].folder or next(iter(given[0].others.values())).parent
     folder = out or first / "report"
     parts = []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
+from typing import TYPE_CHECKING, Any
 
 from elmd.config import BOOTSTRAP, Config
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -65,21 +67,25 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the chain. `version` is raised when its code changes what the result means."""
+    """One step of the chain.
+
+    Attributes:
+        version: raised when the code changes what the result means.
+        depends: what the result is a function of.
+        does: the function that makes it, `module:function` below `elmd.stages`; imported when it is to run.
+    """
 
     name: str
     version: int
     depends: Callable[[Config], Depends]
-    run: Callable[[Config, Job], Outcome]
+    does: str
 
-
-def standin(path: str | None, role: str) -> Depends:
-    """What a stage depends on through a checkpoint: the stand-in that `stage=bootstrap` makes, or the files named."""
-    if path == BOOTSTRAP:
-        return Depends(upstream=(f"bootstrap/{role}",))
-    return Depends(files={role: Path(path or "")})
+    def run(self, cfg: Config, job: Job) -> Outcome:
+        module, _, function = self.does.partition(":")
+        outcome: Outcome = getattr(import_module(f"elmd.stages.{module}"), function)(cfg, job)
+        return outcome
 
 
 def checkpoint_path(path: str | None, role: str, job: Job) -> Path:
-    """Where that checkpoint lies."""
+    """Where a checkpoint lies: the stand-in that `stage=bootstrap` made, or what is named."""
     return job.upstream[f"bootstrap/{role}"] if path == BOOTSTRAP else Path(path or "")

@@ -13,52 +13,15 @@ from torch import Tensor
 from elmd.baselines.base import VOCABULARY, Baseline, Rows, Vocabulary, fit
 from elmd.baselines.dialogpt import DialoGPT
 from elmd.baselines.livebot import Livebot, Shape
-from elmd.config import BaselineName, Config, Sampling, VisionKind, plain
+from elmd.config import BaselineName, Config
 from elmd.data.examples import Features, no_features, shuffled
 from elmd.data.features import FeatureStore
 from elmd.data.samples import load_samples
-from elmd.errors import ConfigError
 from elmd.log import table
-from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.stages.base import Job, Outcome
+from elmd.stages.depends import baseline_sees_video, frame_rows
 from elmd.training.loop import Plan
 from elmd.types import Sample
-
-
-def sees_video(cfg: Config) -> bool:
-    """Whether the baseline looks at frames: Livebot, where the run has video."""
-    return cfg.baseline.name is BaselineName.livebot and cfg.sees_video
-
-
-def depends_on_rows(cfg: Config) -> Depends:
-    """What a baseline reads, in training and generation.
-
-    Raises:
-        ConfigError: the configuration names no baseline of this kind, or sizes that do not go together.
-    """
-    baseline = cfg.baseline
-    if not baseline.name.own_model:
-        raise ConfigError(
-            f"baseline={baseline.name} has no network of its own to train",
-            where="stage",
-            fix="choose baseline=dialogpt or livebot, or leave the stage out",
-        )
-    if baseline.width % (2 * baseline.heads):
-        raise ConfigError(
-            f"{baseline.width} cannot be parted among {baseline.heads} heads of even width",
-            where="baseline.width",
-            fix=f"use a multiple of {2 * baseline.heads}",
-        )
-    if not sees_video(cfg):
-        return Depends(upstream=("prepare",))
-    video = {"frames": _frame_rows(cfg), "shuffle": cfg.vision.shuffle}
-    return Depends(config={"video": video}, upstream=("prepare", "features"))
-
-
-def depends(cfg: Config) -> Depends:
-    unread = ("micro_tokens", "checkpoint_every", "vocab", "resnet")
-    baseline = {key: value for key, value in plain(cfg.baseline).items() if key not in unread}
-    files = {"vocab": Path(cfg.baseline.vocab)} if cfg.baseline.vocab else {}
-    return depends_on_rows(cfg) | Depends(config={"baseline": baseline}, files=files, seed=cfg.seed)
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -179,25 +142,12 @@ def rows_for(cfg: Config, model: Baseline, vocabulary: Vocabulary, video: Featur
 
 def frames_of(cfg: Config, job: Job, samples: Sequence[Sample]) -> tuple[Features, int]:
     """Frame features [F, q] by sample id, and q; 0 without video."""
-    if not sees_video(cfg):
+    if not baseline_sees_video(cfg):
         return no_features, 0
-    store, last = FeatureStore(job.upstream["features"]), _frame_rows(cfg)
+    store, last = FeatureStore(job.upstream["features"]), frame_rows(cfg)
 
     def frames(sample: str) -> Tensor | None:
         found = store.get(sample)
         return found if found is None or last is None else found[-last:]
 
     return shuffled(frames, samples, seed=cfg.data.split_seed) if cfg.vision.shuffle else frames, store.width
-
-
-def _frame_rows(cfg: Config) -> int | None:
-    """How many of the last rows of a sample's features are its frames; None: all of them.
-
-    V_c = [V_t ; V_s] ends in V_s, the mean over each frame's query tokens (eq. 8). A ResNet's rows are frames, and a
-    user's own arrays are taken as they are.
-    """
-    pooled = cfg.vision.kind is VisionKind.encoder and cfg.vision.sampling is Sampling.uniform
-    return cfg.vision.frames if pooled else None
-
-
-STAGE = Stage("baseline", 1, depends, run)

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
 
-from elmd.config import BootstrapText, Config, plain
+from elmd.config import BootstrapText, Config
 from elmd.data.encode import Encoder
 from elmd.data.samples import load_samples, pairs
 from elmd.data.world import pretraining, topic_of, write_world
 from elmd.errors import DataError
 from elmd.log import table
-from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.stages.base import Job, Outcome
 from elmd.training.standins import hold_out, lessons, train_llm, train_retriever, train_tokenizer, train_vision
 from elmd.types import SPLITS, Sample
 
@@ -33,15 +33,11 @@ LIKE = 0.8  # share of the demonstrations in the language model's text that answ
 # --- the world -----------------------------------------------------------------------------------------------------
 
 
-def world_depends(cfg: Config) -> Depends:
-    return Depends(config=plain(cfg.data.world))
-
-
-def world_run(cfg: Config, job: Job) -> Outcome:
+def world(cfg: Config, job: Job) -> Outcome:
     if not job.accelerator.is_main_process:
         return Outcome()
-    world = cfg.data.world
-    facts = write_world(job.folder, world.seed, {"train": world.train, "valid": world.valid, "test": world.test})
+    size = cfg.data.world
+    facts = write_world(job.folder, size.seed, {"train": size.train, "valid": size.valid, "test": size.test})
     hidden = facts["samples_whose_text_hides_the_emotion"]
     table(
         "Tiny world",
@@ -61,15 +57,6 @@ def world_run(cfg: Config, job: Job) -> Outcome:
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
-
-
-def text_depends(cfg: Config) -> Depends:
-    """Whatever the text of a stand-in is made of."""
-    boot = cfg.bootstrap
-    config: dict[str, Any] = {"text": boot.text.value, "seed": boot.seed}
-    if boot.text is BootstrapText.data:
-        return Depends(config=config, upstream=("prepare",))
-    return Depends(config={**config, "dialogues": boot.dialogues})
 
 
 def text_samples(cfg: Config, job: Job) -> list[Sample]:
@@ -119,12 +106,7 @@ def like(samples: Sequence[Sample], by_show: bool) -> Callable[[Sample, Random],
 # --- language model ------------------------------------------------------------------------------------------------
 
 
-def llm_depends(cfg: Config) -> Depends:
-    boot = {key: value for key, value in plain(cfg.bootstrap).items() if key.startswith("llm_") or key == "vocab_size"}
-    return text_depends(cfg) | Depends(config={**boot, "prompt": plain(cfg.prompt)})
-
-
-def llm_run(cfg: Config, job: Job) -> Outcome:
+def llm(cfg: Config, job: Job) -> Outcome:
     from elmd.stages.parts import prompt_of
 
     samples = text_samples(cfg, job)
@@ -156,12 +138,7 @@ def llm_run(cfg: Config, job: Job) -> Outcome:
 # --- vision tower --------------------------------------------------------------------------------------------------
 
 
-def vision_depends(cfg: Config) -> Depends:
-    boot = {key: value for key, value in plain(cfg.bootstrap).items() if key.startswith("vision_")}
-    return Depends(config={**boot, "seed": cfg.bootstrap.seed})
-
-
-def vision_run(cfg: Config, job: Job) -> Outcome:
+def vision(cfg: Config, job: Job) -> Outcome:
     if not job.accelerator.is_main_process:
         return Outcome()
     boot = cfg.bootstrap
@@ -173,12 +150,7 @@ def vision_run(cfg: Config, job: Job) -> Outcome:
 # --- sentence encoder ----------------------------------------------------------------------------------------------
 
 
-def retriever_depends(cfg: Config) -> Depends:
-    boot = {key: value for key, value in plain(cfg.bootstrap).items() if key.startswith("retriever_")}
-    return text_depends(cfg) | Depends(config=boot)
-
-
-def retriever_run(cfg: Config, job: Job) -> Outcome:
+def retriever(cfg: Config, job: Job) -> Outcome:
     samples = text_samples(cfg, job)
     if not job.accelerator.is_main_process:
         return Outcome()
@@ -211,9 +183,3 @@ def topic_match(model: Any, texts: Iterable[str]) -> float:
 def _told(title: str, found: dict[str, float], primary: str, counts: dict[str, int]) -> Outcome:
     table(title, (*found, *counts), [(*found.values(), *counts.values())])
     return Outcome(metrics=found, primary=primary, counts=counts)
-
-
-WORLD = Stage("bootstrap/world", 2, world_depends, world_run)
-LLM = Stage("bootstrap/llm", 3, llm_depends, llm_run)
-VISION = Stage("bootstrap/vision", 1, vision_depends, vision_run)
-RETRIEVER = Stage("bootstrap/retriever", 2, retriever_depends, retriever_run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -20,25 +19,10 @@ from elmd.config import Config, StageName, plain
 from elmd.errors import ArtifactError, ElmdError
 from elmd.log import logger
 from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.stages.depends import STAGES
 from elmd.training.artifacts import Store, digest, read_manifest, write_json
 
 T = TypeVar("T")
-
-#: Every stage by name: the module below `elmd.stages` and the name of its `Stage` there.
-STAGES = {
-    "bootstrap/world": ("bootstrap", "WORLD"),
-    "bootstrap/llm": ("bootstrap", "LLM"),
-    "bootstrap/vision": ("bootstrap", "VISION"),
-    "bootstrap/retriever": ("bootstrap", "RETRIEVER"),
-    "prepare": ("prepare", "STAGE"),
-    "erm": ("erm", "STAGE"),
-    "index": ("index", "STAGE"),
-    "features": ("features", "STAGE"),
-    "rep": ("rep", "STAGE"),
-    "eerg": ("eerg", "STAGE"),
-    "baseline": ("baseline", "STAGE"),
-    "generate": ("generate", "STAGE"),
-}
 
 #: Libraries whose versions a manifest records.
 LIBRARIES = ("torch", "transformers", "peft", "sentence-transformers", "accelerate", "safetensors", "numpy")
@@ -67,8 +51,7 @@ class Chain:
     def node(self, name: str) -> Node:
         """The stage called `name`, and through it everything that it stands on."""
         if name not in self._nodes:
-            module, attribute = STAGES[name]
-            stage: Stage = getattr(importlib.import_module(f"elmd.stages.{module}"), attribute)
+            stage = STAGES[name]
             depends = stage.depends(self.cfg)
             upstream = {other: self.node(other).fingerprint for other in depends.upstream}
             files = self._first(lambda: {role: self.store.content(path) for role, path in depends.files.items()})
@@ -101,11 +84,8 @@ class Chain:
     def run(self, name: StageName) -> None:
         """Run what the command line's `stage=` names: one stage, all stand-ins, or the whole chain."""
         if name is StageName.all:
-            from elmd.stages.parts import check_parts
-
-            if self.last == "eerg":
-                self._first(lambda: check_parts(self.cfg))
             names = list(self.order(self.last))
+            self._first(self._preflight)
         elif name is StageName.bootstrap:
             names = [n for n in self.order(self.last) if n.startswith("bootstrap/")]
             if not names:
@@ -114,6 +94,13 @@ class Chain:
             names = [name.value]
         for one in names:
             self.run_one(one)
+
+    def _preflight(self) -> None:
+        """Find early what would stop the last training, unless there is nothing left to train."""
+        if self.last == "eerg" and (self.cfg.force or not self.store.finished("eerg", self.node("eerg").fingerprint)):
+            from elmd.stages.parts import check_parts
+
+            check_parts(self.cfg)
 
     def run_one(self, name: str) -> Path:
         """Make a stage's result, or find it made already; prints `artifact: PATH`.

@@ -7,38 +7,19 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from elmd.config import AdapterKind, Config, EergConfig, ProjectorInit, plain
+from elmd.config import AdapterKind, Config, EergConfig
 from elmd.data.prompts import Task
 from elmd.errors import CheckpointError
 from elmd.log import table
+from elmd.models import PROJECTOR
 from elmd.models.adapter import Adapter, Lora, Prefix, load_adapter
-from elmd.models.elmd import PROJECTOR, Elmd
+from elmd.models.elmd import Elmd
 from elmd.models.projector import Projector
-from elmd.stages.base import Depends, Job, Outcome, Stage
-from elmd.stages.parts import depends_on_parts, load_parts, place
+from elmd.stages.base import Job, Outcome
+from elmd.stages.depends import starts_from_rep
+from elmd.stages.parts import load_parts, place
 from elmd.training.loop import Plan, fit
 from elmd.training.tokens import TokenTask, token_loss
-
-
-def starts_from_rep(cfg: Config) -> bool:
-    """Whether the projector comes from REP; w/o V there is none, w/o REP it starts at random."""
-    return cfg.sees_video and cfg.eerg.projector_from is ProjectorInit.rep
-
-
-def depends(cfg: Config) -> Depends:
-    eerg = {key: value for key, value in plain(cfg.eerg).items() if key not in ("micro_tokens", "checkpoint_every")}
-    if not cfg.sees_video:
-        del eerg["projector_from"], eerg["lr_projector"]
-    others = {AdapterKind.prefix: ("lora_",), AdapterKind.lora: ("prefix_",)}
-    unread = others.get(cfg.eerg.adapter, ("lora_", "prefix_", "lr_adapter"))
-    eerg = {key: value for key, value in eerg.items() if not key.startswith(unread)}
-    start = eerg.pop("adapter_from")
-    return depends_on_parts(cfg) | Depends(
-        config={"eerg": eerg},
-        upstream=("rep",) if starts_from_rep(cfg) else (),
-        files={"adapter": Path(start)} if start else {},
-        seed=cfg.seed,
-    )
 
 
 def task_of(cfg: Config) -> Task:
@@ -136,6 +117,3 @@ def run(cfg: Config, job: Job) -> Outcome:
         primary="valid_loss",
         counts={"cut": dict(parts.encoder.cuts), "train": len(train), "train_left_out": len(samples) - len(train)},
     )
-
-
-STAGE = Stage("eerg", 1, depends, run)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from elmd.config import Config, plain
+from elmd.config import Config
 from elmd.data.samples import load_samples
 from elmd.errors import ConfigError, DataError
 from elmd.labels import EMOTIONS, INDEX
@@ -23,24 +23,10 @@ from elmd.losses import retriever_loss
 from elmd.metrics.retrieval import match_scores
 from elmd.retrieval.index import Index
 from elmd.retrieval.retriever import Tokens, add_separation, cut_texts, embed, encode, load_retriever, separation_of
-from elmd.stages.base import Depends, Job, Outcome, Stage, checkpoint_path, standin
+from elmd.stages.base import Job, Outcome, checkpoint_path
 from elmd.training.artifacts import replace_folder
 from elmd.training.loop import Batch, Plan, fit
 from elmd.types import Sample
-
-#: Settings that change how training runs but not what comes out.
-_WITHOUT_EFFECT = ("checkpoint_every",)
-
-
-def depends(cfg: Config) -> Depends:
-    settings = {key: value for key, value in plain(cfg.erm).items() if key not in _WITHOUT_EFFECT}
-    if not cfg.retrieves:
-        raise ConfigError("this configuration retrieves nothing", where="retriever.k", fix="there is no ERM to train")
-    return Depends(
-        config={"erm": settings, "max_tokens": cfg.retriever.max_tokens, "key": cfg.retriever.key.value},
-        upstream=["prepare"],
-        seed=cfg.seed,
-    ) | standin(cfg.retriever.path, "retriever")
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -129,9 +115,6 @@ def run(cfg: Config, job: Job) -> Outcome:
     if progress.best is not None:
         metrics["emotion_match@1"] = progress.best
     return Outcome(metrics=metrics, primary="emotion_match@1", counts=counts)
-
-
-STAGE = Stage("erm", 2, depends, run)  # 2: other groups of a batch, and so other draws of dropout
 
 
 class Erm:

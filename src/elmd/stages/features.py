@@ -31,7 +31,8 @@ from elmd.errors import CheckpointError, ClipError, ConfigError, DataError
 from elmd.log import logger, progress, table
 from elmd.models.llm import pick_dtype
 from elmd.models.vision import FrameEncoder, VisionEncoder, pool
-from elmd.stages.base import Depends, Job, Outcome, Stage, checkpoint_path, standin
+from elmd.stages.base import Job, Outcome, checkpoint_path
+from elmd.stages.depends import vision_weights
 from elmd.training.artifacts import digest, write_json
 from elmd.types import Clip, Sample
 
@@ -41,18 +42,6 @@ CLIPS_PER_SHARD = 256
 #: The evenly spread frames of a clip among which `sampling=random` draws. Ours: two seconds of film hold about 50, and
 #: neighbours hardly differ.
 CANDIDATES = 16
-
-
-def depends(cfg: Config) -> Depends:
-    vision, upstream = cfg.vision, ("prepare",)
-    if vision.kind is VisionKind.precomputed:
-        return Depends(config={"kind": vision.kind.value, "shape": vision.shape}, upstream=upstream)
-    # dtype changes the numbers; what `auto` becomes depends on the device, which is no part of a fingerprint
-    config = {
-        "kind": vision.kind.value, "frames": vision.frames, "sampling": vision.sampling.value,
-        "decoder": vision.decoder.value, "dtype": vision.dtype,
-    }  # fmt: skip
-    return Depends(config=config, upstream=upstream) | standin(_weights(cfg), "vision")
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -133,18 +122,10 @@ def run(cfg: Config, job: Job) -> Outcome:
     return Outcome(metrics=metrics, counts=counts)
 
 
-STAGE = Stage("features", 1, depends, run)
-
-
 def spare_cores() -> int:
     """Cores for each process of this machine but one, which feeds the encoder; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
-
-
-def _weights(cfg: Config) -> str | None:
-    """Where the encoder lies. Not `vision.path` for a ResNet: in a sweep that is the other systems' encoder."""
-    return cfg.baseline.resnet if cfg.vision.kind is VisionKind.resnet else cfg.vision.path
 
 
 # ------------------------------------------------------------------------------------------------------ what to make
@@ -158,7 +139,7 @@ class Encoded:
         self.vision: VisionConfig = cfg.vision
         self.random = cfg.vision.sampling is Sampling.random
         device = job.accelerator.device
-        self.path = checkpoint_path(_weights(cfg), "vision", job)
+        self.path = checkpoint_path(vision_weights(cfg), "vision", job)
         kind = FrameEncoder if cfg.vision.kind is VisionKind.resnet else VisionEncoder
         self.encoder = kind.load(self.path, pick_dtype(cfg.vision.dtype, device), device)
         self.made_by = [

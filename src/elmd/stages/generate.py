@@ -7,22 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from elmd.baselines import base as baselines
-from elmd.config import BaselineName, Config, plain
+from elmd.config import Config
 from elmd.data.prompts import SLOTS, Prompt
 from elmd.data.samples import load_samples
-from elmd.errors import ConfigError
+from elmd.evaluation.runs import PREDICTIONS
 from elmd.evaluation.score import Prediction, write_predictions
 from elmd.labels import Emotion
 from elmd.log import table
 from elmd.models.elmd import Elmd
 from elmd.models.inference import generate
 from elmd.stages import baseline
-from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.stages.base import Job, Outcome
 from elmd.stages.eerg import task_of
-from elmd.stages.parts import depends_on_parts, load_parts, place
+from elmd.stages.parts import load_parts, place
 from elmd.types import Sample
-
-PREDICTIONS = "predictions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -57,25 +55,6 @@ class Author:
     write: Callable[[Sequence[int]], list[list[Reply]]]
     names_emotions: bool
     counts: dict[str, Any]
-
-
-def depends(cfg: Config) -> Depends:
-    """
-    Raises:
-        ConfigError: DialoGPT has no positions for so many new tokens.
-    """
-    decoding = {key: value for key, value in plain(cfg.generate).items() if key != "batch_tokens"}
-    own = Depends(config={"generate": decoding}, upstream=("baseline" if cfg.baseline.name.own_model else "eerg",))
-    if not cfg.baseline.name.own_model:
-        return depends_on_parts(cfg) | own
-    most = cfg.baseline.max_tokens
-    if cfg.baseline.name is BaselineName.dialogpt and cfg.generate.max_new_tokens > most:
-        raise ConfigError(
-            f"a reply may have {cfg.generate.max_new_tokens} tokens, and DialoGPT learns {most} at most",
-            where="generate.max_new_tokens",
-            fix="lower it, or raise baseline.max_tokens before training",
-        )
-    return baseline.depends_on_rows(cfg) | own
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -196,6 +175,3 @@ def _baseline(cfg: Config, job: Job) -> Author:
         False,
         {"unknown_tokens_read": rows.unknown, "cut": dict(rows.cuts)},
     )
-
-
-STAGE = Stage("generate", 1, depends, run)

@@ -16,27 +16,13 @@ from elmd.log import logger, table
 from elmd.retrieval.index import DEMONSTRATIONS, Index, Queries, demonstrations, save_demonstrations
 from elmd.retrieval.nearest import load_faiss
 from elmd.retrieval.retriever import encode, load_retriever
-from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.stages.base import Job, Outcome
 from elmd.types import SPLITS, Demonstration, Sample
 
 #: Candidates up to which search=auto is exact.
 MANY = 100_000
 #: Queries that recall is measured on.
 RECALLED = 1000
-
-
-def depends(cfg: Config) -> Depends:
-    # How many candidates there are, and so what auto comes to, is known by prepare; a choice counts by itself.
-    chosen = {} if cfg.retriever.search is Search.auto else {"search": cfg.retriever.search.value}
-    return Depends(
-        config={
-            "k": cfg.retriever.k,
-            "key": cfg.retriever.key.value,
-            "allow_same_dialogue": cfg.retriever.allow_same_dialogue,
-            **chosen,
-        },
-        upstream=["prepare", "erm"],
-    )
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -84,9 +70,6 @@ def run(cfg: Config, job: Job) -> Outcome:
         ],
     )  # fmt: skip
     return Outcome(metrics=report, counts=counts)
-
-
-STAGE = Stage("index", 1, depends, run)
 
 
 def approximately(search: Search, candidates: int) -> bool:

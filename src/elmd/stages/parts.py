@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from elmd.config import BOOTSTRAP, Checkpointing, Config, PromptConfig, plain
+from elmd.config import BOOTSTRAP, Checkpointing, Config, PromptConfig
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples, Features, no_features, shuffled
 from elmd.data.features import FeatureStore
@@ -28,23 +28,8 @@ from elmd.models.memory import needs_checkpointing
 from elmd.models.projector import Projector
 from elmd.models.sharding import shard, sharding
 from elmd.retrieval.index import load_demonstrations
-from elmd.stages.base import Depends, Job, checkpoint_path, standin
+from elmd.stages.base import Job, checkpoint_path
 from elmd.types import Demonstration, Sample, Utterance
-
-
-def depends_on_parts(cfg: Config) -> Depends:
-    """Everything below, as far as this configuration has it (w/o ERM: no index; w/o V: no features)."""
-    upstream = ["prepare"]
-    if cfg.retrieves:
-        upstream.append("index")
-    if cfg.sees_video:
-        upstream.append("features")
-    config: dict[str, Any] = {
-        "prompt": plain(cfg.prompt),
-        "llm": {"dtype": cfg.llm.dtype, "attention": cfg.llm.attention},
-        "shuffle": cfg.vision.shuffle and cfg.sees_video,
-    }
-    return Depends(config=config, upstream=tuple(upstream)) | standin(cfg.llm.path, "llm")
 
 
 @dataclass

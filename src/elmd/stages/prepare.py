@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from elmd.config import Config, Reader, SplitRule
+from elmd.config import Config, Reader
 from elmd.data.audit import audit
-from elmd.data.cped import FILES, read_cped
-from elmd.data.jsonl import media_files, read_jsonl
+from elmd.data.cped import read_cped
+from elmd.data.jsonl import read_jsonl
 from elmd.data.m3ed import read_m3ed
 from elmd.data.samples import prepare, save_samples
 from elmd.data.source import Source, load_background
 from elmd.log import table
-from elmd.stages.base import Depends, Job, Outcome, Stage
-from elmd.training.artifacts import digest, write_json
+from elmd.stages.base import Job, Outcome
+from elmd.stages.depends import WORLD
+from elmd.training.artifacts import write_json
 from elmd.types import SPLITS
 
 SAMPLES, AUDIT = "samples.jsonl", "audit.json"
-WORLD = "bootstrap/world"
-
-
-def depends(cfg: Config) -> Depends:
-    data = cfg.data
-    tiny = data.reader is Reader.tiny
-    files = {} if tiny else _source_files(cfg)
-    for role, path in (("emotion_map", data.emotion_map), ("background", data.background)):
-        if path is not None:
-            files[role] = Path(path)
-    config: dict[str, Any] = {
-        "reader": data.reader.value,
-        "split": data.split.value,
-        "split_seed": None if data.split is SplitRule.official else data.split_seed,
-        "filters": list(data.filters),
-        "on_missing_clip": data.on_missing_clip.value,
-        "media": _media(cfg),
-    }
-    return Depends(config=config, upstream=(WORLD,) if tiny else (), files=files)
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -64,7 +45,7 @@ def read(cfg: Config, world: Path | None) -> Source:
     data = cfg.data
     labels = Path(data.emotion_map) if data.emotion_map else None
     if data.reader is Reader.tiny:
-        assert world is not None, "depends() names it as upstream of data=tiny"
+        assert world is not None, "it is upstream of data=tiny"
         return read_jsonl(world / "dialogues.jsonl", emotion_map=labels)
     assert data.path is not None, "elmd.config.check has seen to it"
     path = Path(data.path)
@@ -115,44 +96,3 @@ def show(counts: dict[str, Any], report: dict[str, Any]) -> None:
     if counts["notes"]:
         odd = [(what, note["count"], note["example"]) for what, note in counts["notes"].items()]
         table("Warnings: odd, but usable", ("what, and what was done", "times", "first"), odd)
-
-
-def _source_files(cfg: Config) -> dict[str, Path]:
-    """The files that the reader opens: a folder of M3ED or CPED may hold the videos as well."""
-    assert cfg.data.path is not None, "elmd.config.check has seen to it"
-    path = Path(cfg.data.path)
-    names = {
-        Reader.m3ed: ("annotation.json", "splitInfo"),
-        Reader.cped: tuple(FILES.values()),
-    }
-    inside = [path / name for name in names.get(cfg.data.reader, ()) if (path / name).exists()]
-    return {file.name: file for file in inside} if inside else {"data": path}
-
-
-def _media(cfg: Config) -> dict[str, Any] | None:
-    """Where the samples' clips lie and which exist, by name and size: samples.jsonl says both.
-
-    What is *in* a clip counts in `stage=features`. None: the data set names no clip of its own.
-    """
-    data = cfg.data
-    if data.reader is Reader.jsonl and data.path is not None:
-        template, folder, files = None, Path(data.path).parent, media_files(Path(data.path))
-        if not files:
-            return None
-    elif data.reader in (Reader.m3ed, Reader.cped) and data.video_root is not None:
-        template, folder = data.video_template, Path(data.video_root)
-        files = sorted(Path(at) / name for at, _, names in os.walk(folder) for name in names)
-    else:
-        return None
-    listing = [(os.path.relpath(file, folder), _size(file)) for file in files]
-    return {"folder": str(folder.resolve()), "template": template, "files": digest(listing)}
-
-
-def _size(file: Path) -> int | None:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return None
-
-
-STAGE = Stage("prepare", 1, depends, run)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from elmd.config import Config, plain
+from elmd.config import Config
 from elmd.data.examples import Examples
 from elmd.errors import CheckpointError, ConfigError
 from elmd.labels import EMOTIONS
@@ -19,26 +19,13 @@ from elmd.models.inference import predict_emotions
 from elmd.models.kept import kept_bytes
 from elmd.models.projector import Projector
 from elmd.models.sharding import sharding
-from elmd.stages.base import Depends, Job, Outcome, Stage
-from elmd.stages.parts import Parts, depends_on_parts, load_parts, place
+from elmd.stages.base import Job, Outcome
+from elmd.stages.parts import Parts, load_parts, place
 from elmd.training.artifacts import write_json
 from elmd.training.loop import Plan, fit
 from elmd.training.plots import confusion
 from elmd.training.tokens import TokenTask
 from elmd.types import Sample
-
-
-def depends(cfg: Config) -> Depends:
-    if not cfg.sees_video:
-        raise ConfigError(
-            "REP trains the visual projector, and vision=none has none",
-            where="stage",
-            fix="choose a vision=… that sees video, or go on with stage=eerg",
-        )
-    unread = ("micro_tokens", "checkpoint_every", "projector_from", "keep_prompts")
-    rep = {key: value for key, value in plain(cfg.rep).items() if key not in unread}
-    files = {"projector": Path(cfg.rep.projector_from)} if cfg.rep.projector_from else {}
-    return depends_on_parts(cfg) | Depends(config={"rep": rep}, files=files, seed=cfg.seed)
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -160,6 +147,3 @@ def by_tag(samples: Sequence[Sample]) -> dict[str, list[int]]:
         for tag in sample.utterance.tags:
             found.setdefault(tag, []).append(i)
     return dict(sorted(found.items()))
-
-
-STAGE = Stage("rep", 2, depends, run)

@@ -20,8 +20,8 @@ from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrained
 
 from elmd.errors import CheckpointError
 from elmd.log import logger
+from elmd.models import ADAPTER
 from elmd.models.convert.shards import Source, Translate, Written, building, convert, read_json, refuse_taken, save
-from elmd.models.elmd import ADAPTER
 from elmd.models.tokenizer import chatglm2_tokenizer
 
 #: What decides ChatGLM2-6B's shape, under the original's names.
