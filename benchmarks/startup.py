@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness import Case, Way
+from benchmarks.resume import TINY
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,9 +30,12 @@ COMMANDS = {
     "elmd.sweep --help": 0,
     "elmd.sweep experiment=demo seed=0,1 --dry-run": 0,
     "elmd.report --help": 0,
+    "elmd.report nowhere": 1,
     "elmd.human sample --help": 0,
     "elmd.export --help": 0,
+    "elmd.export nowhere --out export": 1,
     "elmd.reply --help": 0,
+    "elmd.reply nowhere --utterance x": 1,
     "scripts/convert_chatglm2.py --help": 0,
     "scripts/convert_visualglm.py --help": 0,
     "scripts/demo_claims.py --help": 0,
@@ -83,4 +87,15 @@ def cases(small: bool) -> Iterator[Case]:
             "a new process of Python each time, files in the page cache",
             [Way(name, answers(line, code), cpu(line)) for name, (line, code) in lines.items()],
             note="The last lines are for comparison: what a script that loads its libraries first waits for.",
+        )
+        if small:
+            return
+        chain = ["-m", "elmd.train", *TINY, "runs_dir=runs", "threads=1"]
+        made = {f"stage={stage}": [*chain, f"stage={stage}"] for stage in ("all", "prepare")}
+        assert start(made["stage=all"]) == 0
+        yield Case(
+            "Until elmd.train says that all is made already",
+            "a new process of Python each time; the tiny chain, made before",
+            [Way(f"elmd.train {name}", answers(line, 0), cpu(line)) for name, line in made.items()],
+            note="torch and accelerate are loaded in each, since ranks must agree on what there is.",
         )

@@ -27,11 +27,12 @@ def test_a_command_reads_its_line_without_what_it_works_with(command: str, tmp_p
     assert startup.loaded(done.stderr) == set()
 
 
-def test_a_stage_without_a_model_loads_no_models(tmp_path: Path) -> None:
-    line = [sys.executable, "-X", "importtime", "-m", "elmd.train", "experiment=demo", "stage=prepare", "cpu=true"]
+@pytest.mark.parametrize(("stage", "lacks"), [("prepare", "bootstrap/world"), ("eerg", "prepare")])
+def test_what_is_made_already_is_told_without_the_models(stage: str, lacks: str, tmp_path: Path) -> None:
+    line = [sys.executable, "-X", "importtime", "-m", "elmd.train", "experiment=demo", f"stage={stage}", "cpu=true"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert "prepare needs the result of bootstrap/world" in done.stderr
+    assert f"{stage} needs the result of {lacks}" in done.stderr
     assert startup.loaded(done.stderr) == {"torch", "accelerate"}
 
 
