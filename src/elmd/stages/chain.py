@@ -100,7 +100,7 @@ class Chain:
         if self.last == "eerg" and (self.cfg.force or not self.store.finished("eerg", self.node("eerg").fingerprint)):
             from elmd.stages.parts import check_parts
 
-            check_parts(self.cfg)
+            check_parts(self.cfg, self.accelerator)
 
     def run_one(self, name: str) -> Path:
         """Make a stage's result, or find it made already; prints `artifact: PATH`.

@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from elmd.config import BOOTSTRAP, Checkpointing, Config, PromptConfig
+from elmd.config import BOOTSTRAP, Checkpointing, Config, PromptConfig, Search
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples, Features, no_features, shuffled
 from elmd.data.features import FeatureStore
 from elmd.data.prompts import Prompt, Task
 from elmd.data.samples import load_samples
-from elmd.errors import ArtifactError, CheckpointError
+from elmd.errors import ArtifactError, CheckpointError, ConfigError
 from elmd.labels import EMOTIONS, WORDS, Emotion
 from elmd.log import logger
 from elmd.models.adapter import Lora
@@ -28,6 +28,7 @@ from elmd.models.memory import needs_checkpointing
 from elmd.models.projector import Projector
 from elmd.models.sharding import shard, sharding
 from elmd.retrieval.index import load_demonstrations
+from elmd.retrieval.nearest import load_faiss
 from elmd.stages.base import Job, checkpoint_path
 from elmd.types import Demonstration, Sample, Utterance
 
@@ -136,21 +137,39 @@ def load_parts(cfg: Config, job: Job) -> Parts:
     return Parts(samples, demonstrations, features, width, llm, encoder_of(tokenizer, cfg.prompt))
 
 
-def check_parts(cfg: Config) -> None:
+def check_parts(cfg: Config, accelerator: Accelerator) -> None:
     """What can be known of REP's and EERG's parts before hours go into the stages before them; reads no weights.
 
     Raises:
         CheckpointError: the language model, its tokenizer or a given projector cannot be used.
-        ConfigError: the prompt has no room for the instruction.
+        ConfigError: the prompt has no room for the instruction, FAISS is asked for and not installed, or see
+            `check_kept`.
     """
-    if cfg.sees_video and cfg.rep.projector_from:
-        Projector.load(Path(cfg.rep.projector_from))
+    if cfg.retrieves and cfg.retriever.search is Search.faiss:
+        load_faiss()
+    if cfg.sees_video:
+        check_kept(cfg, accelerator)
+        if cfg.rep.projector_from:
+            Projector.load(Path(cfg.rep.projector_from))
     if cfg.llm.path in (None, BOOTSTRAP):
         return
     pick_dtype(cfg.llm.dtype, torch.device("cpu"))
     config, tokenizer = open_llm(cfg.llm.path, attention=cfg.llm.attention)
     check_ids(tokenizer, config, cfg.llm.path)
     shortest_prompt(encoder_of(tokenizer, cfg.prompt), cfg.vision.frames if cfg.sees_video else 0)
+
+
+def check_kept(cfg: Config, accelerator: Accelerator) -> None:
+    """
+    Raises:
+        ConfigError: prompts are to be kept where ranks share the language model out.
+    """
+    if cfg.rep.keep_prompts and sharding(accelerator):
+        raise ConfigError(
+            "processes that share the language model out must run it equally often",
+            where="rep.keep_prompts",
+            fix="leave it false with FSDP",
+        )
 
 
 def check_ids(tokenizer: Any, config: PreTrainedConfig, path: str | Path | None) -> None:

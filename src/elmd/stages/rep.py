@@ -10,7 +10,7 @@ import torch
 
 from elmd.config import Config
 from elmd.data.examples import Examples
-from elmd.errors import CheckpointError, ConfigError
+from elmd.errors import CheckpointError
 from elmd.labels import EMOTIONS
 from elmd.log import logger, table
 from elmd.metrics.emotion import emotion_scores
@@ -18,9 +18,8 @@ from elmd.models.elmd import Elmd
 from elmd.models.inference import predict_emotions
 from elmd.models.kept import kept_bytes
 from elmd.models.projector import Projector
-from elmd.models.sharding import sharding
 from elmd.stages.base import Job, Outcome
-from elmd.stages.parts import Parts, load_parts, place
+from elmd.stages.parts import Parts, check_kept, load_parts, place
 from elmd.training.artifacts import write_json
 from elmd.training.loop import Plan, fit
 from elmd.training.plots import confusion
@@ -29,6 +28,7 @@ from elmd.types import Sample
 
 
 def run(cfg: Config, job: Job) -> Outcome:
+    check_kept(cfg, job.accelerator)
     parts = load_parts(cfg, job)
     torch.manual_seed(cfg.seed)
     start = cfg.rep.projector_from
@@ -53,12 +53,6 @@ def run(cfg: Config, job: Job) -> Outcome:
 
     free = sum(len(row.before) for row in train.rows)
     if cfg.rep.keep_prompts:
-        if sharding(job.accelerator):
-            raise ConfigError(
-                "processes that share the language model out must run it equally often",
-                where="rep.keep_prompts",
-                fix="leave it false with FSDP",
-            )
         size = kept_bytes(parts.llm, free) / 1e9
         logger.info("prompts are kept: up to %.1f GB of main memory in each process, for %d tokens", size, free)
     steps = cfg.rep.epochs * math.ceil(len(train) / cfg.rep.batch_size)
