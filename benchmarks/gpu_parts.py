@@ -1,18 +1,28 @@
-"""What `benchmarks.gpu_step` measures beside steps: a grid of lengths and budgets, decoding, whole epochs."""
+"""What `benchmarks.gpu_step` measures beside steps: peers, a profile, a grid of lengths and budgets, decoding."""
 
 from __future__ import annotations
 
+import gc
+import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.samples import Lengths
-from benchmarks.ways import REP_TARGET, Samples, Scale, Task
+from benchmarks.harness import Case, Way, measure
+from benchmarks.samples import SLOTS, Lengths
+from benchmarks.trainers import hf, loops, trl, trl_is_here
+from benchmarks.ways import OPTIMISER, REP_TARGET, Samples, Scale, Task, difference
 from elmd.data.collate import Batch
 from elmd.models.elmd import Elmd
 from elmd.models.inference import over
@@ -25,6 +35,170 @@ DECODE_ROWS = (1, 16, 64, 128)
 TRAIN, TEST = 6071, 758  # samples of an epoch, and of its test split: M3ED in the paper's Table 1
 NEW_TOKENS = 64
 END = 2
+PASSES = 3  # of each peer over all samples
+PROFILED = 3  # steps
+TOP = 20  # operators of a profile that are listed
+
+MATRIX, ATTENTION, MOVES, ELEMENTWISE, IDLE = (
+    "matrix products", "attention", "copies, cat, index", "elementwise, norms, sums", "idle",
+)  # fmt: skip
+#: Words in an operator's name that tell its group, the first that fits; all others are elementwise, norms, or sums. The
+#: last group has what only names or allocates memory, too, which costs time on a CPU.
+GROUPS = {
+    ATTENTION: re.compile("attention"),
+    MATRIX: re.compile("(^|_)(mm|addmm|bmm|baddbmm|matmul|linear|dot|mv|addmv)(_|$)"),
+    MOVES: re.compile(
+        "(^|_)(copy|cat|stack|index|gather|scatter|select|slice|narrow|split|embedding|fill|zero|zeros|ones|full|new"
+        "|clone|contiguous|repeat|pad|arange|empty|view|reshape|resize|transpose|permute|t|expand|strided|squeeze"
+        "|unsqueeze|flatten|detach|alias|nonzero|item|scalar|roll|to|lift|unbind|chunk|set|pinned|pin)(_|$)"
+    ),
+}
+
+
+def peers(task_of: Callable[[int], Task]) -> Iterator[dict[str, Any]]:
+    """Steps of EERG over the same samples: ELMD's, peft's with the stock loss, p-tuning's, HF's and TRL's trainers'.
+
+    A trainer draws its own batches, so runs over all samples are timed, in turn, and sums over a run are compared.
+
+    Args:
+        task_of: EERG with so many visual tokens in each sample.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for slots in (SLOTS, 0):
+            kind = {"samples": f"{slots} visual tokens" if slots else "text alone"}
+            if not slots and not trl_is_here():
+                yield {**kind, "way": "TRL", "fits": False, "reason": "not installed (pip install trl)"}
+                continue
+            task = task_of(slots)
+            ways = (
+                loops(task, "elmd", "peft", "p-tuning") + hf(task, folder) if slots
+                else loops(task, "elmd") + trl(task, folder)
+            )  # fmt: skip
+            found = {way.name: _tried(task, way) for way in ways}
+            for name in (name for name, sums in found.items() if sums is None):
+                yield {**kind, "way": name, "fits": False, "reason": "does not fit"}
+            fitting = [way for way in ways if found[way.name] is not None]
+            size, count = task.scale.batch, len(task.samples)
+            steps = count // size
+            for timing in measure(Case("", "", fitting, tolerance=None), PASSES).timings:
+                ratio, *span = timing.ratio
+                yield {
+                    **kind, "way": timing.way, "fits": True, "seconds": timing.median / steps,
+                    "slower": ratio, "slower_range": span, "samples_per_s": count / timing.median,
+                    "tokens_per_s": task.tokens(range(count)) / timing.median,
+                    "flops": task.flops(range(count)) // steps,
+                    "tokens_run": timing.facts["tokens, padding included"] / steps,
+                    "step_bytes": int(timing.facts["peak, MiB"] * 2**20),
+                    "largest_relative_difference": difference(
+                        *(_tensors(found[name]) for name in (timing.way, fitting[0].name))
+                    ),
+                }  # fmt: skip
+            del task, ways, fitting
+
+
+def _tried(task: Task, way: Way) -> Mapping[str, Any] | None:
+    """What a run gives; None where the device has not the memory for it."""
+    try:
+        way.before()
+        return way.run()
+    except torch.OutOfMemoryError:
+        pass
+    task.optimizer.zero_grad(set_to_none=True)  # outside of the handler, whose traceback holds the step's tensors
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
+def _tensors(sums: Any) -> list[Tensor]:
+    return [sums["loss"].to(sums["gradients"][0].device), *sums["gradients"]]
+
+
+def profiled(task: Task, clock: Clock) -> dict[str, Any]:
+    """Where the device's time goes in a few of ELMD's steps: by operator, and by `GROUPS`.
+
+    On a GPU what is none of the operators' (`idle`) is the time of the same steps unprofiled minus that of their
+    kernels: the device waits for Python. On a CPU it is Python's and autograd's own work, and the profiler's.
+    """
+    way, on_gpu = task.steps["elmd"], task.llm.device.type == "cuda"
+    batches = [range(i, i + task.scale.batch) for i in range(0, len(task.samples), task.scale.batch)]
+
+    def work() -> None:
+        for batch in batches:
+            task.step(way, batch)
+
+    work()
+    unprofiled = clock(work)
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as seen:
+        started = time.perf_counter()
+        work()
+        wall = time.perf_counter() - started
+        if on_gpu:
+            torch.cuda.synchronize(task.llm.device)
+            wall = unprofiled
+    seconds, calls = spent(seen.events(), on_gpu)
+    count = len(batches)
+    return {
+        "task": task.name, "steps": count, "unprofiled_seconds": unprofiled / count,
+        "flops": task.flops(range(len(task.samples))) // count,
+        **shares(
+            {where: one / count for where, one in seconds.items()},
+            {where: one / count for where, one in calls.items()},
+            wall / count,
+        ),
+    }  # fmt: skip
+
+
+#: Of an operator and its group.
+PerOperator = Mapping[tuple[str, str], float]
+
+
+def spent(events: Iterable[Any], on_gpu: bool) -> tuple[PerOperator, PerOperator]:
+    """Seconds of a profile's operators, on a GPU those of the kernels that they start, and how often they ran."""
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    calls: dict[tuple[str, str], float] = defaultdict(float)
+    for event in events:
+        # Kernels are told with the innermost operator; annotations would count them again.
+        if event.device_type != DeviceType.CPU or not event.name.startswith("aten::"):
+            continue
+        micros = sum(kernel.duration for kernel in event.kernels) if on_gpu else event.self_cpu_time_total
+        if micros:
+            where = event.name, _group(event)
+            seconds[where] += micros / 1e6
+            calls[where] += 1
+    return seconds, calls
+
+
+def shares(spent: PerOperator, calls: PerOperator, wall: float) -> dict[str, Any]:
+    """What a step's seconds (`wall`) went into."""
+    busy = sum(spent.values())
+    whole = max(wall, busy)
+    groups = dict.fromkeys([MATRIX, ATTENTION, ELEMENTWISE, MOVES, OPTIMISER], 0.0)
+    for (_, group), seconds in spent.items():
+        groups[group] += seconds
+    groups[IDLE] = whole - busy
+    operators: list[dict[str, Any]] = [
+        {"operator": name, "group": group, "seconds": seconds, "share": seconds / whole, "calls": calls[name, group]}
+        for (name, group), seconds in sorted(spent.items(), key=lambda one: -one[1])
+    ]
+    largest = max(set(groups) - {MATRIX}, key=lambda group: groups[group])
+    one = next(one for one in operators if one["group"] != MATRIX)
+    return {
+        "seconds": whole,
+        "groups": [{"group": group, "seconds": s, "share": s / whole} for group, s in groups.items()],
+        "operators": operators[:TOP],
+        "largest": f"The largest cost beside matrix products: {largest}, {100 * groups[largest] / whole:.0f} %; "
+        f"the largest operator beside them: {one['operator']}, {100 * one['share']:.0f} %.",
+    }
+
+
+def _group(event: Any) -> str:
+    above = event.cpu_parent
+    while above is not None:
+        if above.name == OPTIMISER:
+            return OPTIMISER
+        above = above.cpu_parent
+    name = event.name.removeprefix("aten::")
+    return next((group for group, words in GROUPS.items() if words.search(name)), ELEMENTWISE)
 
 
 def grid(
@@ -52,7 +226,7 @@ def grid(
                 }  # fmt: skip
                 try:
                     cell |= peak_of(task, way, batch)
-                    seconds = [clock(lambda task=task, way=way, batch=batch: task.step(way, batch)) for _ in range(4)]
+                    seconds = [clock(partial(task.step, way, batch)) for _ in range(4)]
                     middle = statistics.median(seconds[1:])
                     cell |= {
                         "seconds": middle, "tokens_per_s": task.tokens(batch) / middle,
@@ -63,6 +237,7 @@ def grid(
                     cell["fits"] = False
                 if not cell["fits"]:
                     task.optimizer.zero_grad(set_to_none=True)
+                    gc.collect()
                     torch.cuda.empty_cache()
                 yield cell
 

@@ -20,7 +20,10 @@ Vision features are cached by training, so steps take them as given, and frames 
 `--part` chooses what is measured: `steps` is this table; `grid` an EERG step at 256, 512 and 1024 tokens a sample, with
 micro-batches of 2 048 to 16 384 tokens, with and without checkpointing; `decode` a token for 1, 16, 64 and 128 rows,
 held against reading weights, keys and values once from the device's memory; `epochs` one epoch of REP and of EERG over
-6 071 samples and replies to 758 (on a CPU a few), from the first batch to the last.
+6 071 samples and replies to 758 (on a CPU a few), from the first batch to the last; `profile` where the device's time
+goes in ELMD's steps; `peers` EERG beside peft, p-tuning and HF's `Trainer` with `group_by_length`, with visual tokens,
+and beside TRL's `SFTTrainer`, which takes text alone. A trainer draws its own batches, so `peers` times runs over all
+samples in turn, and compares sums over a run; of so few samples `group_by_length` sorts all.
 
 First all ways are shown to give one loss and one gradient: in float32 within 1e-4 (relative, each trained tensor), and
 in the dtype that is timed. peft moves positions by P, the original does not; here it is handed positions minus P, so
@@ -62,9 +65,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read as torch is loaded: its 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_parts import TRAIN, decode, epochs, grid
+from benchmarks.gpu_parts import PROFILED, TRAIN, decode, epochs, grid, peers, profiled
 from benchmarks.samples import CPED_LONGEST, SLOTS, Lengths, drawn, read
-from benchmarks.ways import REP_TARGET, SCALES, Samples, Scale, Step, Task, language_model, peak_bytes
+from benchmarks.ways import REP_TARGET, SCALES, Samples, Scale, Step, Task, difference, language_model, peak_bytes
 from elmd.errors import ElmdError
 from elmd.models.llm import freeze, pick_dtype
 from elmd.models.vision import VisionEncoder, pool
@@ -74,18 +77,13 @@ PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
 
 #: Bytes/s of their memory, by the same sheets.
 BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "L40S": 0.864e12}
-PARTS = ("steps", "grid", "decode", "epochs")
+PARTS = ("steps", "peers", "profile", "grid", "decode", "epochs")
 
 #: Largest relative differences of two ways: float32, and bfloat16, which rounds at 3 digits in every layer.
 FP32, BF16 = 1e-4, 0.1
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 FRAMES_PER_CLIP = 8
-
-
-def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Largest relative difference over the tensors; NaN where there is one."""
-    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, wanted, strict=True)]).max().item()
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
@@ -113,49 +111,47 @@ def attempt(task: Task, way: Step, batch: Sequence[int]) -> float | None:
     return None
 
 
-def agree(task: Task, ways: Sequence[Step], batch: Sequence[int]) -> dict[str, float]:
-    """Each way's largest relative difference of loss and gradients from the first one's.
-
-    Raises:
-        AssertionError: it is too large.
-    """
-    most = FP32 if task.llm.dtype == torch.float32 else BF16
+def differences(task: Task, ways: Sequence[Step], batch: Sequence[int]) -> dict[str, float]:
+    """Each way's largest relative difference of loss and gradients from the first one's."""
     found: dict[str, list[Tensor]] = {}
     for way in ways:
         found[way.name] = [tensor.clone() for tensor in task.gradient(way, batch)]
         task.optimizer.zero_grad(set_to_none=True)
-    first = found[ways[0].name]
-    off = {name: difference(tensors, first) for name, tensors in found.items()}
-    for name, one in off.items():
-        assert one < most, f"{task.name}: {name} differs from {ways[0].name} by {one:.1e}"
-    return off
+    return {name: difference(tensors, found[ways[0].name]) for name, tensors in found.items()}
+
+
+def agree(name: str, off: dict[str, float], dtype: torch.dtype) -> None:
+    """
+    Raises:
+        AssertionError: one of a task's ways differs too much from the first.
+    """
+    most = FP32 if dtype == torch.float32 else BF16
+    for way, one in off.items():
+        assert one < most, f"{name}: {way} differs from {next(iter(off))} by {one:.1e}"
 
 
 def memory(task: Task, way: Step, batch: Sequence[int]) -> dict[str, Any]:
     """Bytes at the peak of a step's gradient: in all (GPU), and above what stands before and after it."""
     device = task.llm.device
-    found: dict[str, Any]
     task.samples.shapes.clear()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        task.gradient(way, batch)
-        peak = torch.cuda.max_memory_allocated(device)
-        found = {"peak_bytes": peak, "step_bytes": peak - before}
-    else:
-        found = {"peak_bytes": None, "step_bytes": peak_bytes(lambda: task.gradient(way, batch))}
+    step = peak_bytes(lambda: task.gradient(way, batch), device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     task.optimizer.zero_grad(set_to_none=True)
     predicted = task.predicted(way, task.samples.shapes)
-    deviation = 100 * (predicted / found["step_bytes"] - 1)
-    return {**found, "predicted_step_bytes": predicted, "deviation_percent": deviation,
-            "micro_batches": sorted(task.samples.shapes)}  # fmt: skip
+    return {
+        "peak_bytes": peak, "step_bytes": step, "predicted_step_bytes": predicted,
+        "deviation_percent": 100 * (predicted / step - 1), "micro_batches": sorted(task.samples.shapes),
+    }  # fmt: skip
 
 
 def compare(task: Task, rounds: int, peak: float | None, save: Callable[[dict[str, Any]], None]) -> None:
-    """Check, then measure a task's ways in turn, each round on another batch; `save` is handed what is known so far.
+    """Compare, then measure a task's ways in turn, each round on another batch; `save` is handed what is known so far.
 
     Args:
         peak: FLOP/s of the device.
+
+    Raises:
+        AssertionError: ways do not agree: at once in float32, and where numbers round, after what is measured is saved.
     """
     size, tokens = task.scale.batch, task.samples.lengths
     batches = [list(range(i, i + size)) for i in range(0, len(tokens), size)]
@@ -169,8 +165,11 @@ def compare(task: Task, rounds: int, peak: float | None, save: Callable[[dict[st
             ways.append(found)
             result[found.name] |= {"rows": found.rows, **memory(task, found, heaviest)}
             save(result)
-    for name, off in agree(task, ways, batches[0]).items():
-        result[name]["largest_relative_difference"] = off
+    off = differences(task, ways, batches[0])
+    for name, one in off.items():
+        result[name]["largest_relative_difference"] = one
+    if task.llm.dtype == torch.float32:
+        agree(task.name, off, torch.float32)
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     for i in range(rounds):
         for way in ways[:: 1 if i % 2 else -1]:
@@ -183,6 +182,7 @@ def compare(task: Task, rounds: int, peak: float | None, save: Callable[[dict[st
         for way in ways:
             result[way.name] |= _figures(task, batches, seconds[way.name], seconds[ways[0].name], peak)
         save(result)
+    agree(task.name, off, task.llm.dtype)
 
 
 def _figures(
@@ -252,8 +252,27 @@ def _of(key: str, digits: int = 0) -> Callable[[dict[str, Any]], str]:
     return lambda cell: number(cell.get(key), digits)
 
 
-#: Of each part but `steps`: titles of the columns, and what stands in them.
+def _ratio(cell: dict[str, Any]) -> str:
+    low, high = cell["slower_range"]
+    return f"{cell['slower']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [titles, ["---:"] * len(titles), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
+#: Of each part but `steps` and `profile`: titles of the columns, and what stands in them.
 COLUMNS: dict[str, list[tuple[str, Callable[[dict[str, Any]], str]]]] = {
+    "peers": [
+        ("EERG, samples of", lambda cell: cell["samples"]), ("way", lambda cell: cell["way"]),
+        ("s/step", lambda cell: number(cell["seconds"], 3) if cell["fits"] else cell["reason"]),
+        ("× elmd (range)", lambda cell: _ratio(cell) if cell["fits"] else "–"),
+        ("samples/s", _of("samples_per_s", 2)), ("tokens/s", _of("tokens_per_s")),
+        ("utilisation, %", _of("mfu_percent", 1)), ("tokens a step, padding included", _of("tokens_run")),
+        ("the step, GiB", lambda cell: gib(cell.get("step_bytes"))),
+        ("differs by", lambda cell: f"{cell['largest_relative_difference']:.0e}" if cell["fits"] else "–"),
+    ],
     "grid": [
         ("tokens a sample", _of("length")), ("a micro-batch", _of("micro_tokens")),
         ("checkpointing", lambda cell: "yes" if cell["checkpointing"] else "no"),
@@ -281,8 +300,18 @@ def tables(report: dict[str, Any]) -> str:
     lines += [f"`{report['command']}`", ""]
     for part, columns in COLUMNS.items():
         if cells := report.get(part):
-            lines += [f"| {' | '.join(title for title, _ in columns)} |", "|---:" * len(columns) + "|"]
-            lines += [f"| {' | '.join(show(cell) for _, show in columns)} |" for cell in cells] + [""]
+            lines += _table([title for title, _ in columns], [[show(cell) for _, show in columns] for cell in cells])
+    for seen in report.get("profile", ()):
+        lines += [f"{seen['task'].upper()}: {1000 * seen['seconds']:,.1f} ms a step. {seen['largest']}", ""]
+
+        def spent(one: dict[str, Any]) -> list[str]:
+            return [number(1000 * one["seconds"], 2), number(100 * one["share"], 1)]
+
+        lines += _table(["of", "ms a step", "%"], [[one["group"], *spent(one)] for one in seen["groups"]])
+        lines += _table(
+            ["operator", "of", "calls a step", "ms a step", "%"],
+            [[one["operator"], one["group"], number(one["calls"], 1), *spent(one)] for one in seen["operators"]],
+        )
     if seen := report.get("features"):
         lines += ["| features | frames/s | utilisation, % | peak, GiB |", "|---|---:|---:|---:|"]
         cells = [number(seen["frames_per_s"]), number(seen["mfu_percent"], 1), gib(seen["peak_bytes"])]
@@ -301,9 +330,8 @@ def tables(report: dict[str, Any]) -> str:
             if not one["fits"]:
                 lines.append(f"| {way} | does not fit |||||||||")
             elif "median_s" in one:
-                low, high = one["slower_range"]
                 cells = [
-                    number(one["median_s"], 3), f"{one['slower']:.2f} ({low:.2f}–{high:.2f})",
+                    number(one["median_s"], 3), _ratio(one),
                     number(one["samples_per_s"], 2), number(one["tokens_per_s"]), number(one["mfu_percent"], 1),
                     gib(one["peak_bytes"]), gib(one["step_bytes"]),
                     f"{gib(one['predicted_step_bytes'])} ({one['deviation_percent']:+.0f} %)",
@@ -338,23 +366,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 (args.out / f"{file}.tmp").write_text(text + "\n", encoding="utf-8")
                 (args.out / f"{file}.tmp").replace(args.out / file)
 
-    def task_of(kind: str, llm: Any, scale: Scale, rounds: int) -> Task:
+    def task_of(kind: str, llm: Any, scale: Scale, rounds: int, slots: int = SLOTS) -> Task:
         found, longest = lengths(rounds * scale.batch, args.data)
         samples = Samples(
-            found, llm.config.vocab_size, tokens_per_character=args.tokens_per_character,
+            found, llm.config.vocab_size, tokens_per_character=args.tokens_per_character, slots=slots,
             target=REP_TARGET if kind == "rep" else None,
         )  # fmt: skip
-        fixed = max(SLOTS + round(args.tokens_per_character * longest), *samples.lengths)
+        fixed = max(slots + round(args.tokens_per_character * longest), *samples.lengths)
         return Task(kind, llm, scale, samples, fixed)
+
+    def peers_of(llm: Any, scale: Scale, rounds: int) -> Iterator[dict[str, Any]]:
+        off: dict[str, dict[str, float]] = {}
+        for cell in peers(lambda slots: task_of("eerg", llm, scale, rounds, slots)):
+            if cell["fits"]:
+                off.setdefault(cell["samples"], {})[cell["way"]] = cell["largest_relative_difference"]
+            yield cell
+        for samples, one in off.items():
+            agree(samples, one, llm.dtype)
 
     if dtype != torch.float32:  # exactly, before what rounds
         small = SCALES["cpu"]
         llm = language_model(small, device, torch.float32)
         for kind in ("rep", "eerg"):
             task = task_of(kind, llm, small, 1)
-            report.setdefault("float32_differences", {})[kind] = agree(
-                task, [candidates[0] for candidates in task.ways], range(small.batch)
-            )
+            off = differences(task, [candidates[0] for candidates in task.ways], range(small.batch))
+            report.setdefault("float32_differences", {})[kind] = off
+            agree(kind, off, torch.float32)
+        if "peers" in args.part:
+            report["float32_peers"] = list(peers_of(llm, small, 1))
         del llm, task
     if "steps" in args.part:
         report["features"] = features(scale, device, dtype, args.rounds, peak)
@@ -369,6 +408,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bandwidth = next((value for part, value in BANDWIDTHS.items() if part in name), None)
     train, _ = lengths(TRAIN if on_gpu else 4 * scale.batch, args.data)
     others: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "peers": lambda: peers_of(llm, scale, args.rounds),
+        "profile": lambda: (profiled(task_of(kind, llm, scale, PROFILED), clock) for kind in ("rep", "eerg")),
         "grid": lambda: grid(llm, scale, clock, memory, peak, slots=SLOTS),
         "decode": lambda: decode(llm, scale, clock, bandwidth),
         "epochs": lambda: epochs(llm, scale, clock, train, args.tokens_per_character),
@@ -403,11 +444,14 @@ def refused(args: argparse.Namespace) -> str | None:
     try:
         device = torch.device(args.device)
     except RuntimeError:
-        return f"--device: there is no {args.device!r}; use cpu, cuda or cuda:N"
+        return f"--device: there is no {args.device!r}; use cpu or cuda"
     if device.type not in ("cpu", "cuda"):
-        return f"--device: {args.device} is not measured; use cpu, cuda or cuda:N"
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        return f"--device: {args.device} is not here, torch sees {torch.cuda.device_count()} GPUs; use --device cpu"
+        return f"--device: {args.device} is not measured; use cpu or cuda"
+    seen = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= seen:
+        return f"--device: {args.device} is not here, torch sees {seen} GPUs; use --device cpu"
+    if device.type == "cuda" and seen > 1:  # accelerate takes the first, and `Trainer` all of them
+        return f"--device: torch sees {seen} GPUs, and one is measured; set CUDA_VISIBLE_DEVICES to its number"
     if args.scale == "6b" and device.type == "cpu":
         return "--scale: 6b takes a GPU of 40 GB or more; use --scale cpu on this device"
     if args.rounds < 1:

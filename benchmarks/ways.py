@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM
 
 from benchmarks.samples import WIDTH, MadeUp
-from elmd.data.collate import IGNORED, Batch, pack
+from elmd.data.collate import IGNORED, Batch, Shape, pack
 from elmd.models.adapter import Prefix
 from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.models.elmd import Elmd
@@ -28,6 +28,7 @@ from elmd.models.vision import VisionShape
 from elmd.training.tokens import TokenTask
 
 REP_TARGET = 3  # an emotion word and the end of text
+OPTIMISER = "optimiser"
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,6 @@ SCALES = {
     "cpu": Scale(small_llm(8, 2000, 8), _small_vision(128)),
     "smoke": Scale(small_llm(2, 300, 2, 16), _small_vision(16), prefix=4, batch=4, micro_tokens=500, frames=8),
 }
-
-
-class Shape(NamedTuple):
-    """Of a micro-batch: B, L, columns with targets, columns before the slots, target tokens."""
-
-    rows: int
-    length: int
-    keep: int
-    free: int
-    targets: int
 
 
 class Samples(MadeUp):
@@ -161,11 +152,12 @@ class Task:
         return [total, *(p.grad for p in self.trained if p.grad is not None)]
 
     def step(self, way: Step, batch: Sequence[int]) -> None:
-        """A whole training step."""
+        """A whole training step; a profile finds its end under `OPTIMISER`."""
         self.gradient(way, batch)
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with record_function(OPTIMISER):
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def predicted(self, way: Step, shapes: set[Shape]) -> int:
         """Bytes that the largest of these micro-batches takes for a moment, by `elmd.models.memory`."""
@@ -227,6 +219,11 @@ def step_flops(decoder: int, head: int, tokens: int, free: int, targets: int) ->
     return 4 * decoder * (tokens - free) + 2 * decoder * free + 4 * head * targets
 
 
+def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest relative difference over the tensors; NaN where there is one."""
+    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, wanted, strict=True)]).max().item()
+
+
 def language_model(scale: Scale, device: torch.device, dtype: torch.dtype) -> Any:
     """The frozen language model with random weights, made where and as it stays: no second copy."""
     torch.manual_seed(0)
@@ -238,8 +235,14 @@ def language_model(scale: Scale, device: torch.device, dtype: torch.dtype) -> An
         )
 
 
-def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most that torch's CPU allocator holds at once while `work` runs, above what stands before."""
+def peak_bytes(work: Callable[[], Any], device: torch.device | None = None) -> int:
+    """The most that torch's allocator holds at once while `work` runs, above what stands before; None: on the CPU."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     assert seen.profiler is not None

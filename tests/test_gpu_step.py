@@ -112,8 +112,8 @@ def test_the_other_parts_tell_their_figures(
     ("arguments", "told"),
     [
         (["--device", "cuda"], "--device: cuda is not here, torch sees 0 GPUs; use --device cpu"),
-        (["--device", "gpu"], "--device: there is no 'gpu'; use cpu, cuda or cuda:N"),
-        (["--device", "meta"], "--device: meta is not measured; use cpu, cuda or cuda:N"),
+        (["--device", "gpu"], "--device: there is no 'gpu'; use cpu or cuda"),
+        (["--device", "meta"], "--device: meta is not measured; use cpu or cuda"),
         (["--device", "cpu", "--scale", "6b"], "--scale: 6b takes a GPU of 40 GB or more; use --scale cpu"),
         (["--device", "cpu", "--scale", "smoke", "--rounds", "0"], "--rounds: 0 is too few; use 1 or more"),
     ],
@@ -132,6 +132,12 @@ def test_what_cannot_be_run_is_refused_in_one_line(
         bench.main()
     assert left.value.code == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_one_gpu_is_measured(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    told = bench.refused(Namespace(device="cuda:1", scale="6b", rounds=1))
+    assert told == "--device: torch sees 2 GPUs, and one is measured; set CUDA_VISIBLE_DEVICES to its number"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,7 @@ def test_its_sizes_are_those_of_the_configuration(bench: ModuleType, samples: Mo
 
 def test_ways_agree_in_half_precision_as_far_as_it_goes(bench: ModuleType) -> None:
     one = task(bench, "eerg", torch.bfloat16)
-    off = bench.agree(one, [candidates[0] for candidates in one.ways], range(4))
+    off = bench.differences(one, [candidates[0] for candidates in one.ways], range(4))
     assert 1e-4 < off["p-tuning"] < bench.BF16
 
 
@@ -187,21 +193,176 @@ def test_half_precision_is_timed_after_the_ways_agree_in_float32(
 ) -> None:
     monkeypatch.setattr(bench, "pick_dtype", lambda *_: torch.bfloat16)  # as on a GPU
     monkeypatch.setitem(bench.SCALES, "cpu", bench.SCALES["smoke"])
-    args = Namespace(
-        part=["steps"],
-        device="cpu",
-        scale="smoke",
-        rounds=1,
-        out=None,
-        data=None,
-        tokens_per_character=0.3,
-        peak_tflops=None,
-    )
-    report = bench.run(args)
+    monkeypatch.setattr("benchmarks.gpu_parts.PASSES", 1)
+    monkeypatch.setattr("benchmarks.gpu_parts.trl_is_here", lambda: False)
+    report = bench.run(arguments("steps", "peers", "profile"))
     assert report["dtype"] == "bfloat16"
+    exact = [cell["largest_relative_difference"] for cell in report["float32_peers"] if cell["fits"]]
+    rounded = [cell["largest_relative_difference"] for cell in report["peers"] if cell["fits"]]
+    assert max(exact) < 1e-4 < max(rounded)
+    assert len(exact) == len(rounded)
+    assert [seen["task"] for seen in report["profile"]] == ["rep", "eerg"]
     for kind, off in report["float32_differences"].items():
         assert list(off) == WAYS[kind]
         assert max(off.values()) < 1e-4 < report["tasks"][kind]["ways"][WAYS[kind][3]]["largest_relative_difference"]
+
+
+def arguments(*parts: str, rounds: int = 1, out: Path | None = None) -> Namespace:
+    return Namespace(
+        part=parts, device="cpu", scale="smoke", rounds=rounds, out=out, data=None, tokens_per_character=0.3,
+        peak_tflops=None,
+    )  # fmt: skip
+
+
+def test_peers_take_the_same_steps_or_say_why_not(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import gpu_parts
+
+    monkeypatch.setattr(gpu_parts, "PASSES", 1)
+    report = bench.run(arguments("peers", rounds=2, out=tmp_path))
+    cells = {(cell["samples"], cell["way"]): cell for cell in report["peers"]}
+    seeing = [way for samples, way in cells if samples == "40 visual tokens"]
+    assert seeing == ["elmd", "peft", "p-tuning", "Trainer, 4 × 1", "Trainer, 1 × 4"]
+    text = [way for samples, way in cells if samples == "text alone"]
+    assert text == (["elmd", "TRL, 4 × 1", "TRL, 1 × 4"] if gpu_parts.trl_is_here() else ["TRL"])
+    for cell in cells.values():
+        if cell["fits"]:
+            assert cell["largest_relative_difference"] < 1e-4
+            assert cell["samples_per_s"] == pytest.approx(4 / cell["seconds"])
+            assert cell["tokens_run"] > cell["tokens_per_s"] * cell["seconds"] - 1e-6, "padding is run as well"
+            assert cell["step_bytes"] > 0
+    for samples in {samples for samples, _ in cells}:
+        useful = {cell["flops"] for (one, _), cell in cells.items() if one == samples and cell["fits"]}
+        assert len(useful) <= 1, "all are held against the same work"
+    single = cells["40 visual tokens", "Trainer, 1 × 4"]
+    assert single["tokens_run"] == pytest.approx(single["tokens_per_s"] * single["seconds"]), "it needs no padding"
+    assert "| 40 visual tokens | Trainer, 4 × 1 | " in (tmp_path / "gpu_step.md").read_text()
+
+    def full(*_: Any) -> list[Any]:
+        def run() -> None:
+            raise torch.OutOfMemoryError("no room")
+
+        return [gpu_parts.Way("Trainer, 4 × 1", run)]
+
+    monkeypatch.setattr(gpu_parts, "hf", full)
+    monkeypatch.setattr(gpu_parts, "trl_is_here", lambda: False)
+    report = bench.run(arguments("peers"))
+    assert [cell["way"] for cell in report["peers"]] == ["Trainer, 4 × 1", "elmd", "peft", "p-tuning", "TRL"]
+    told = bench.tables(report)
+    assert "| 40 visual tokens | Trainer, 4 × 1 | does not fit |" in told
+    assert "| text alone | TRL | not installed (pip install trl) |" in told
+
+
+def test_a_peer_that_computes_something_else_is_found_out(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from benchmarks import gpu_parts, trainers
+
+    monkeypatch.setattr(gpu_parts, "PASSES", 1)
+    monkeypatch.setattr(gpu_parts, "trl_is_here", lambda: False)
+    plain = trainers.Spliced.forward
+
+    def moved(self: Any, position_ids: Any, **others: Any) -> Any:
+        return plain(self, position_ids=position_ids + 4, **others)
+
+    monkeypatch.setattr(trainers.Spliced, "forward", moved)
+    with pytest.raises(AssertionError, match="40 visual tokens: Trainer, 4 × 1 differs from elmd by"):
+        bench.run(arguments("peers", out=tmp_path))
+    assert "| 40 visual tokens | Trainer, 4 × 1 | " in (tmp_path / "gpu_step.md").read_text(), "figures are kept"
+
+
+def test_a_profile_adds_up(bench: ModuleType) -> None:
+    from benchmarks.gpu_parts import ATTENTION, ELEMENTWISE, IDLE, MATRIX, MOVES, OPTIMISER
+
+    report = bench.run(arguments("profile"))
+    for seen in report["profile"]:
+        groups = {one["group"]: one["share"] for one in seen["groups"]}
+        assert list(groups) == [MATRIX, ATTENTION, ELEMENTWISE, MOVES, OPTIMISER, IDLE]
+        assert sum(groups.values()) == pytest.approx(1)
+        assert all(share > 0 for share in groups.values())
+        assert sum(one["seconds"] for one in seen["groups"]) == pytest.approx(seen["seconds"])
+        for group, share in groups.items():
+            listed = sum(one["share"] for one in seen["operators"] if one["group"] == group)
+            assert listed <= share + 1e-9
+        assert [one["share"] for one in seen["operators"]] == sorted(
+            (o["share"] for o in seen["operators"]), reverse=True
+        )
+        del groups[MATRIX]
+        assert f"cost beside matrix products: {max(groups, key=groups.__getitem__)}, " in seen["largest"]
+    products = next(one for one in report["profile"][1]["operators"] if one["operator"] == "aten::mm")
+    assert products["group"] == MATRIX
+    assert products["calls"] > 0
+    assert report["profile"][1]["largest"] in bench.tables(report)
+
+
+def test_a_gpu_is_idle_while_no_kernel_runs() -> None:
+    from torch.autograd import DeviceType
+
+    from benchmarks.gpu_parts import shares, spent
+
+    def event(name: str, *micros: int, parent: Any = None, device: Any = DeviceType.CPU) -> Any:
+        kernels = [SimpleNamespace(duration=one) for one in micros]
+        return SimpleNamespace(name=name, kernels=kernels, cpu_parent=parent, device_type=device)
+
+    end = event("optimiser", 900_000)
+    product = event("aten::mm", 100_000, 50_000)
+    events = [
+        event("aten::linear", parent=None), product, event("aten::mm", 50_000), end, event("aten::mul", 20_000),
+        event("aten::mul", 10_000, parent=event("aten::x", parent=end)), event("aten::copy_", 30_000),
+        event("gemm_kernel", 100_000, device=DeviceType.CUDA),
+    ]  # fmt: skip
+    seconds, calls = spent(events, on_gpu=True)
+    found = shares(seconds, calls, 0.5)
+    assert {one["group"]: round(one["seconds"], 6) for one in found["groups"]} == {
+        "matrix products": 0.2, "attention": 0, "elementwise, norms, sums": 0.02, "copies, cat, index": 0.03,
+        "optimiser": 0.01, "idle": 0.24,
+    }  # fmt: skip
+    assert found["operators"][0] == {
+        "operator": "aten::mm", "group": "matrix products", "seconds": pytest.approx(0.2), "share": pytest.approx(0.4),
+        "calls": 2,
+    }  # fmt: skip
+    assert found["largest"] == (
+        "The largest cost beside matrix products: idle, 48 %; the largest operator beside them: aten::copy_, 6 %."
+    )
+    assert shares(seconds, calls, 0.1)["groups"][-1]["seconds"] == 0, "kernels that overlap"
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("_scaled_dot_product_efficient_attention_backward", "attention"),
+        ("_cudnn_attention_forward", "attention"),
+        ("_addmm_activation", "matrix products"),
+        ("baddbmm", "matrix products"),
+        ("_to_copy", "copies, cat, index"),
+        ("masked_scatter", "copies, cat, index"),
+        ("index_add_", "copies, cat, index"),
+        ("t", "copies, cat, index"),
+        ("embedding_dense_backward", "copies, cat, index"),
+        ("_log_softmax_backward_data", "elementwise, norms, sums"),
+        ("native_layer_norm", "elementwise, norms, sums"),
+        ("mul", "elementwise, norms, sums"),
+        ("tanh", "elementwise, norms, sums"),
+    ],
+)
+def test_operators_have_their_group(bench: ModuleType, name: str, group: str) -> None:
+    from benchmarks.gpu_parts import _group
+
+    event = SimpleNamespace(name=f"aten::{name}", cpu_parent=None)
+    assert _group(event) == group
+    end = SimpleNamespace(name="optimiser", cpu_parent=None)
+    assert (
+        _group(SimpleNamespace(name="aten::mul", cpu_parent=SimpleNamespace(name="x", cpu_parent=end))) == "optimiser"
+    )
+
+
+def test_rounded_figures_are_kept_where_ways_do_not_agree(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, saved = task(bench, "eerg", torch.bfloat16), []
+    monkeypatch.setattr(bench, "BF16", 1e-9)
+    with pytest.raises(AssertionError, match=r"eerg: .* differs from elmd by"):
+        bench.compare(one, 1, None, lambda result: saved.append(json.loads(json.dumps(result))))
+    assert all("median_s" in way for way in saved[-1].values())
 
 
 @pytest.mark.parametrize("kind", ["rep", "eerg"])
@@ -219,8 +380,11 @@ def test_a_way_that_computes_something_else_is_found_out(
         return batch
 
     monkeypatch.setattr(one.samples, "batch", moved)
+    off = bench.differences(one, ways, range(4))
     with pytest.raises(AssertionError, match=f"{kind}: {ways[2].name} differs from elmd by"):
-        bench.agree(one, ways, range(4))
+        bench.agree(kind, off, torch.float32)
+    with pytest.raises(AssertionError, match=f"{kind}: {ways[2].name} differs from elmd by"):
+        bench.compare(one, 1, None, lambda _: None)
 
 
 def test_what_does_not_fit_is_tried_smaller_and_told(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
