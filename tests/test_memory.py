@@ -18,7 +18,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from elmd.data.collate import Batch
+from elmd.data.collate import Batch, Shape
 from elmd.errors import CheckpointError
 from elmd.models import memory
 from elmd.models.adapter import Lora, Prefix
@@ -207,10 +207,10 @@ def test_checkpointing_is_needed_where_the_step_does_not_fit(
 ) -> None:
     step = predicted(GLM, trainables=10**6, virtual=32)
     monkeypatch.setattr(memory, "free_memory", lambda device: int(free * (step.step + step.trainables)))
+    shapes = [Shape(3, 256, 32, 0, 96), Shape(1, 256, 32, 0, 32), Shape(3, 200, 32, 0, 96)]
     asked = needs_checkpointing(
-        GLM, device=torch.device("cpu"), dtype=torch.float32, micro_tokens=3 * 256 + 255, rows=3, length=256,
-        targets=33, trainables=10**6, virtual=32,
-    )  # fmt: skip
+        GLM, shapes, device=torch.device("cpu"), dtype=torch.float32, trainables=10**6, virtual=32
+    )
     assert asked is needed
 
 
@@ -220,12 +220,18 @@ def test_many_short_rows_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     long, short = (predicted(config, rows=rows, length=length).step for rows, length in ((1, 1024), (16, 64)))
     assert short > 1.3 * long
     monkeypatch.setattr(memory, "free_memory", lambda device: int(1.2 * long))
-    ask: dict[str, Any] = {
-        "device": torch.device("cpu"), "dtype": torch.float32, "micro_tokens": 1024, "length": 1024, "targets": 33,
-        "trainables": 0,
-    }  # fmt: skip
-    assert needs_checkpointing(config, rows=16, **ask)
-    assert not needs_checkpointing(config, rows=1, **ask)
+    ask: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "trainables": 0}
+    few, many = Shape(1, 1024, 32, 0, 32), Shape(16, 64, 32, 0, 16 * 32)
+    assert needs_checkpointing(config, [few, many], **ask)
+    assert not needs_checkpointing(config, [few], **ask)
+
+
+def test_what_runs_without_gradient_counts_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parted = (predicted(GLM, rows=4, length=256, free_tokens=free).step for free in (0, 192))
+    monkeypatch.setattr(memory, "free_memory", lambda device: (whole + parted) // 2)
+    ask: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "trainables": 0}
+    assert needs_checkpointing(GLM, [Shape(4, 256, 32, 0, 4 * 32)], **ask)
+    assert not needs_checkpointing(GLM, [Shape(4, 256, 32, 192, 4 * 32)], **ask)
 
 
 def test_free_memory_of_the_machine() -> None:

@@ -7,11 +7,13 @@ import itertools
 import math
 import random
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from conftest import make_demonstrations, make_samples
 from elmd.data.collate import IGNORED, WORTHWHILE, Batch, collate, pack, shared_beginning
@@ -272,6 +274,29 @@ def test_kept_prompts_change_nothing_but_the_work(llm, encoder, monkeypatch: pyt
     assert found[True] == pytest.approx(found[False], rel=1e-5)
     assert tokens[2] == tokens[0]
     assert tokens[3] < 0.75 * tokens[1], "in the second epoch only what follows the first visual token is run"
+
+
+@pytest.mark.parametrize(("name", "prefix", "world"), [("rep", 0, 1), ("eerg", 4, 2)])
+def test_the_shapes_of_a_training_are_those_of_its_micro_batches(
+    llm, encoder, name: str, prefix: int, world: int
+) -> None:
+    data, model = examples(encoder, name, samples=SEEN), build(llm, prefix=prefix)
+    accelerator = cast(Accelerator, SimpleNamespace(num_processes=world, device=torch.device("cpu")))
+    task = TokenTask(model, {}, data, accelerator, batch_size=4, micro_tokens=400, seed=0, evaluate=dict)
+    seen = set()
+    run = task.loss
+
+    def loss(micro: Batch, positions: Any) -> Tensor:
+        seen.add((*micro.ids.shape, micro.keep, micro.free, len(micro.at)))
+        return run(micro, positions)
+
+    task.loss = loss  # type: ignore[method-assign]
+    batches = [batch for epoch in range(3) for batch in task.batches(epoch)][:-1]
+    for batch in batches:
+        for rank in range(world):
+            list(task.losses(batch, rank, world))
+    assert len(seen) > 2
+    assert task.shapes(len(batches)) == seen
 
 
 def test_shared_beginning_leaves_the_fewest_tokens() -> None:

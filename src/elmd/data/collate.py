@@ -43,6 +43,23 @@ class Beginning(NamedTuple):
     which: Tensor
 
 
+class Shape(NamedTuple):
+    """Of a batch: what its cost depends on.
+
+    Attributes:
+        rows: B.
+        length: L.
+        keep, free: see `Batch`.
+        targets: target tokens of all rows.
+    """
+
+    rows: int
+    length: int
+    keep: int
+    free: int
+    targets: int
+
+
 @dataclass
 class Batch:
     """B rows of L tokens.
@@ -89,10 +106,8 @@ def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None], *, split: 
         visual: each row's features [V, q], None for a row without slots.
         split: part the columns before the slots from the others.
     """
-    # The token before a target predicts its first one, so it is never parted from it.
-    cuts = [min(len(row.before), row.length - len(row.target) - 1) if split else 0 for row in rows]
-    free = max(cuts)
-    length = free + max(row.length - cut for row, cut in zip(rows, cuts, strict=True))
+    cuts = _cuts(rows, split)
+    _, length, keep, free, _ = shape_of(rows, split=split)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     slots = torch.zeros(len(rows), length, dtype=torch.bool)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -105,7 +120,6 @@ def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None], *, split: 
         if row.target:
             labels[i, length - len(row.target) :] = torch.tensor(row.target, dtype=torch.long)
     assert not slots[:, :free].any(), "a visual token stands where no gradient goes"
-    keep = max(len(row.target) for row in rows)
     features = [f for f in visual if f is not None]
     return Batch(
         ids=ids,
@@ -119,6 +133,24 @@ def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None], *, split: 
         free=free,
         shared=shared_beginning(*(x[:, : free or length] for x in (ids, slots, mask))) if free or not keep else None,
     )
+
+
+def shape_of(rows: Sequence[Encoded], *, split: bool = False) -> Shape:
+    """That of `collate(rows, …, split=split)`."""
+    cuts = _cuts(rows, split)
+    return Shape(
+        rows=len(rows),
+        length=max(cuts) + max(row.length - cut for row, cut in zip(rows, cuts, strict=True)),
+        keep=max(len(row.target) for row in rows),
+        free=max(cuts),
+        targets=sum(len(row.target) for row in rows),
+    )
+
+
+def _cuts(rows: Sequence[Encoded], split: bool) -> list[int]:
+    """How many of each row's tokens lie before the column that parts them."""
+    # The token before a target predicts its first one, so it is never parted from it.
+    return [min(len(row.before), row.length - len(row.target) - 1) if split else 0 for row in rows]
 
 
 def places(labels: Tensor, keep: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from elmd.data.collate import Batch, collate
+from elmd.data.collate import Batch, Shape, collate, shape_of
 from elmd.data.encode import Encoder
 from elmd.data.prompts import Task
 from elmd.log import logger
@@ -57,6 +57,10 @@ class Examples:
     def batch(self, positions: Sequence[int], *, split: bool = False) -> Batch:
         rows = [self.rows[i] for i in positions]
         return collate(rows, [self.features(self.samples[i].id) for i in positions], split=split)
+
+    def shape(self, positions: Sequence[int], *, split: bool = False) -> Shape:
+        """That of `batch(positions, split=split)`, which is not made."""
+        return shape_of([self.rows[i] for i in positions], split=split)
 
     def targets(self, positions: Sequence[int]) -> int:
         """Number of target tokens, EOS included, of the samples at `positions`."""

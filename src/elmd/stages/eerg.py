@@ -65,7 +65,6 @@ def run(cfg: Config, job: Job) -> Outcome:
     train = parts.examples(parts.with_clip(samples) if adapter is None else samples, task_name, with_target=True)
     selection = parts.examples(parts.split(cfg.eerg.select_on), task_name, with_target=True)
     model = place(Elmd(parts.llm, projector, adapter), job.accelerator)
-    model.checkpointing = parts.checkpointing(cfg, job, model, train, cfg.eerg.batch_size, cfg.eerg.micro_tokens)
 
     def evaluate() -> dict[str, float]:
         return {"loss": token_loss(model, selection, cfg.eerg.micro_tokens, job.accelerator, "validation loss")}
@@ -80,6 +79,7 @@ def run(cfg: Config, job: Job) -> Outcome:
         seed=cfg.seed,
         evaluate=evaluate,
     )
+    model.checkpointing = parts.checkpointing(cfg, task, cfg.eerg.steps)
     plan = Plan(
         rates={"adapter": cfg.eerg.lr_adapter, "projector": cfg.eerg.lr_projector},
         steps=cfg.eerg.steps,

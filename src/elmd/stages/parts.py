@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +29,7 @@ from elmd.models.sharding import shard, sharding
 from elmd.retrieval.index import load_demonstrations
 from elmd.retrieval.nearest import load_faiss
 from elmd.stages.base import Job, checkpoint_path
+from elmd.training.tokens import TokenTask
 from elmd.types import Demonstration, Sample, Utterance
 
 
@@ -77,26 +77,19 @@ class Parts:
         features = self.features if video else no_features
         return Examples(samples, self.encoder, self.demonstrations, features, task, with_target=with_target)
 
-    def checkpointing(
-        self, cfg: Config, job: Job, model: Elmd, train: Examples, batch_size: int, micro_tokens: int
-    ) -> bool:
+    def checkpointing(self, cfg: Config, task: TokenTask, steps: int) -> bool:
         """Whether to train with activation checkpointing: as told, or if the largest micro-batch would not fit."""
         if cfg.llm.checkpointing is not Checkpointing.auto:
             return cfg.llm.checkpointing is Checkpointing.always
-        longest = max(range(len(train)), key=lambda i: train.lengths[i])
-        length = train.lengths[longest]
+        model = task.model
         needed = needs_checkpointing(
             self.llm.config,
+            task.shapes(steps),
             device=self.llm.device,
             dtype=self.llm.dtype,
-            micro_tokens=micro_tokens,
-            rows=math.ceil(min(batch_size, len(train)) / job.accelerator.num_processes),
-            length=length,
-            targets=max(len(row.target) for row in train.rows) + 1,
             trainables=sum(p.numel() for p in model.parameters() if p.requires_grad),
             virtual=0 if model.adapter is None else model.adapter.length,
             lora_rank=cfg.eerg.lora_rank if isinstance(model.adapter, Lora) else 0,
-            free_tokens=len(train.rows[longest].before) if model.adapter is None else 0,
         )
         if needed:
             logger.info("activation checkpointing is on: the activations of a micro-batch would not fit")

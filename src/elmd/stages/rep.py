@@ -43,7 +43,6 @@ def run(cfg: Config, job: Job) -> Outcome:
     model = place(Elmd(parts.llm, projector), job.accelerator)
 
     train = parts.examples(parts.with_clip(parts.split("train")), "rep", with_target=True)
-    model.checkpointing = parts.checkpointing(cfg, job, model, train, cfg.rep.batch_size, cfg.rep.micro_tokens)
     select = parts.split(cfg.rep.select_on)
     selection = parts.examples(select, "rep", with_target=False)
 
@@ -68,6 +67,7 @@ def run(cfg: Config, job: Job) -> Outcome:
         evaluate=evaluate,
         keep_prompts=cfg.rep.keep_prompts,
     )
+    model.checkpointing = parts.checkpointing(cfg, task, steps)
     plan = Plan(
         rates={"projector": cfg.rep.lr},
         steps=steps,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, count, islice
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from elmd.data.collate import pack
+from elmd.data.collate import Shape, pack
 from elmd.data.examples import Examples
 from elmd.models.elmd import Elmd
 from elmd.models.inference import Packable, over
@@ -80,14 +81,17 @@ class PackedTask:
     def losses(self, batch: Batch, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
         self.model.train()
         lengths = self.examples.lengths
-        order = sorted(batch, key=lambda i: (self.by[i], i))
-        cost = pass_cost(self.accelerator)
-        shares = [
-            pack(lengths, order[one::world], self.micro_tokens, before=self.before, cost=cost) for one in range(world)
-        ]
-        for positions, counts in in_step(shares, rank, level=sharding(self.accelerator)):
+        for positions, counts in in_step(self.shares(batch, world), rank, level=sharding(self.accelerator)):
             micro = self.micro_batch(positions).to(self.accelerator.device)
             yield self.loss(micro, positions).sum() * counts, sum(lengths[i] for i in positions) * counts
+
+    def shares(self, batch: Batch, world: int) -> list[list[list[int]]]:
+        """The micro-batches of each rank."""
+        order, cost = sorted(batch, key=lambda i: (self.by[i], i)), pass_cost(self.accelerator)
+        return [
+            pack(self.examples.lengths, order[one::world], self.micro_tokens, before=self.before, cost=cost)
+            for one in range(world)
+        ]
 
     def loss(self, micro: Any, positions: Sequence[int]) -> Tensor:
         """Of the samples at `positions`, each [B]."""
@@ -127,6 +131,16 @@ class TokenTask(PackedTask):
 
     def micro_batch(self, positions: Sequence[int]) -> Any:
         return self.examples.batch(positions, split=self.before is not None)
+
+    def shapes(self, steps: int) -> set[Shape]:
+        """Those of all micro-batches of a training, on all ranks: batches are drawn by the seed, so they are known."""
+        batches = islice(chain.from_iterable(map(self.batches, count())), steps)
+        return {
+            self.examples.shape(positions, split=self.before is not None)
+            for batch in batches
+            for share in self.shares(batch, self.accelerator.num_processes)
+            for positions in share
+        }
 
     def loss(self, micro: Any, positions: Sequence[int]) -> Tensor:
         return self.model.loss(micro, None if self.kept is None else self.kept(self.model, micro, positions))
