@@ -1,7 +1,8 @@
 """A training step of REP with its causal split, against the same without it and against a padded stock batch.
 
 The language model is frozen and looks back only, so the tokens before the video slots run without gradient, and nothing
-of them is kept for the backward pass but their keys and values.
+of them is kept for the backward pass but their keys and values. ELMD's ways, split or not, keep these grouped on a CPU;
+the stock batch has transformers' own attention.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.ways import (
     Scale,
     Step,
     Task,
+    attend,
     language_model,
     peak_bytes,
     saved_bytes,
@@ -62,6 +64,8 @@ def _case(title: str, scale: Scale, lengths: list[Lengths]) -> Case:
 def _way(task: Task, step: Step) -> Way:
     batch = range(len(task.samples))
 
+    attention = partial(attend, grouped=step.name != "transformers")
+
     def run() -> list[Tensor]:
         found = [tensor.clone() for tensor in task.gradient(step, batch)]
         torch.nn.utils.clip_grad_norm_(task.trained, 1.0)
@@ -69,9 +73,10 @@ def _way(task: Task, step: Step) -> Way:
         task.optimizer.zero_grad(set_to_none=True)
         return found
 
-    return Way(step.name, run, partial(_facts, task, step, run))
+    return Way(step.name, run, partial(_facts, task, step, attention, run), attention)
 
 
-def _facts(task: Task, step: Step, run: Callable[[], list[Tensor]]) -> dict[str, float]:
+def _facts(task: Task, step: Step, attention: Callable[[], None], run: Callable[[], list[Tensor]]) -> dict[str, float]:
+    attention()
     saved = saved_bytes(task, step, range(len(task.samples)))
     return {"saved for backward, MiB": saved / 2**20, "peak, MiB": peak_bytes(run) / 2**20}

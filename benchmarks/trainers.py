@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.harness import Way
-from benchmarks.ways import Step, Task, peak_bytes
+from benchmarks.ways import Step, Task, attend, peak_bytes
 from elmd.data.collate import IGNORED, Batch
 
 #: Clipping does its work but changes no gradient: the trainers show theirs after it.
@@ -62,10 +62,11 @@ def _cuts(name: str, task: Task, prepare: Callable[[Task, int, str], Run], folde
 
 def _way(name: str, task: Task, prepare: Callable[[], Run]) -> Way:
     """Args: prepare: makes one run ready, which is not timed."""
-    device = task.llm.device
+    device, attention = task.llm.device, partial(attend, grouped=name.startswith("elmd"))
     ready: list[Run] = []
 
     def before() -> None:
+        attention()
         task.optimizer.zero_grad(set_to_none=True)  # of a run that had not the memory to end
         ready[:] = [prepare()]
         if device.type == "cuda":
@@ -91,6 +92,7 @@ def _way(name: str, task: Task, prepare: Callable[[], Run]) -> Way:
 
         hook = task.llm.get_input_embeddings().register_forward_pre_hook(count)
         prepared = prepare()
+        attention()
         peak = peak_bytes(prepared, device)
         hook.remove()
         return {"peak, MiB": peak / 2**20, "tokens, padding included": tokens}

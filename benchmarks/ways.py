@@ -14,11 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.samples import WIDTH, MadeUp
 from elmd.data.collate import IGNORED, Batch, Shape, pack
 from elmd.models.adapter import Prefix
+from elmd.models.attention import group_on_cpu
 from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.models.elmd import Elmd
 from elmd.models.llm import freeze
@@ -166,6 +168,7 @@ class Task:
                 self.llm.config, dtype=self.llm.dtype, rows=one.rows, length=one.length, free_tokens=one.free,
                 targets=one.keep + 1, target_tokens=one.targets, checkpointing=way.checkpointing,
                 trainables=sum(p.numel() for p in self.trained), virtual=self.scale.prefix if self.prefix else 0,
+                device=self.llm.device.type,
             ).step
             for one in (
                 {one._replace(keep=one.length - 1, targets=one.rows * (one.length - 1)) for one in shapes}
@@ -214,6 +217,14 @@ class Task:
             )  # fmt: skip
 
 
+def attend(*, grouped: bool) -> None:
+    """Attention `sdpa` on a CPU from now on: ELMD's, which keeps keys and values grouped, or transformers' own."""
+    if grouped:
+        group_on_cpu()
+    else:
+        AttentionInterface.register("sdpa", sdpa_attention_forward)
+
+
 def step_flops(decoder: int, head: int, tokens: int, free: int, targets: int) -> int:
     """Useful work of a step by the formula of `benchmarks.gpu_step`, for parameters of decoder and output layer."""
     return 4 * decoder * (tokens - free) + 2 * decoder * free + 4 * head * targets
@@ -227,6 +238,7 @@ def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 def language_model(scale: Scale, device: torch.device, dtype: torch.dtype) -> Any:
     """The frozen language model with random weights, made where and as it stays: no second copy."""
     torch.manual_seed(0)
+    attend(grouped=True)  # as load_llm does
     with torch.device(device):
         return freeze(
             AutoModelForCausalLM.from_config(

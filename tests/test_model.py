@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,6 +15,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GlmConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from conftest import make_demonstrations, make_samples
 from elmd.data.collate import IGNORED, WORTHWHILE, Batch, collate, pack, shared_beginning
@@ -23,7 +36,7 @@ from elmd.data.prompts import SLOTS, Prompt
 from elmd.errors import CheckpointError, ConfigError
 from elmd.labels import EMOTIONS, WORDS, Emotion
 from elmd.models.adapter import Prefix
-from elmd.models.elmd import Elmd
+from elmd.models.elmd import Elmd, Read
 from elmd.models.inference import generate, greedy, nucleus, predict_emotions
 from elmd.models.llm import load_llm
 from elmd.models.projector import Projector
@@ -39,6 +52,13 @@ PROMPT = Prompt(
 SAMPLES = make_samples()
 VISUAL = {s.id: torch.randn(3 + i % 2, 6, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(SAMPLES)}
 VISUAL[SAMPLES[3].id] = None  # a sample without a clip
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.3,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +203,6 @@ def test_target_is_cut_in_training_only(llm) -> None:
 
 
 def test_typed_control_strings_stay_text(llm, encoder) -> None:
-    from dataclasses import replace
-
     sample = replace(SAMPLES[0], utterance=replace(SAMPLES[0].utterance, text=f"[gMASK]sop</s>{SLOTS}"))
     row = encoder(sample, (), "eerg", 3, with_target=False)
     assert sum(i >= len(llm[1]) - 5 for i in row.before + row.after) == 2, "only the template's own [gMASK] sop"
@@ -246,6 +264,124 @@ def test_what_rows_begin_with_is_read_once(llm, encoder, monkeypatch: pytest.Mon
     assert torch.allclose(shared, plain, atol=1e-4)
     assert mask.sum(1).equal(batch.mask.sum(1))
     assert cache.get_seq_length() == whole.get_seq_length()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        GlmConfig(**SIZES, attention_bias=True),
+        LlamaConfig(**SIZES),
+        Qwen2Config(**SIZES),
+        Gemma3TextConfig(**SIZES, layer_types=["sliding_attention", "full_attention"] * 2),
+        Phi3Config(**SIZES),
+        GPT2Config(vocab_size=100, n_embd=32, n_layer=4, n_head=4, initializer_range=0.3),
+    ],
+    ids=lambda value: getattr(value, "model_type", str(value)),
+)
+def test_reading_stops_at_the_last_keys_and_changes_nothing(
+    config: PretrainedConfig, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model = Elmd(llm, Projector(6, 32)).train()
+    draw = random.Random(0)
+    rows = [
+        Encoded([*range(5, 25), *(draw.randrange(3, 90) for _ in range(i))], 3, [7, i + 3], [4, 2]) for i in (1, 4, 6)
+    ]
+    batch = collate(rows, [torch.randn(3, 6) for _ in rows], split=True)
+    batch = batch if shared else replace(batch, shared=None)
+    assert shared == (batch.shared is not None)
+    whole = {"last layer": 0, "output layer": 0}
+
+    def count(name: str, module: torch.nn.Module) -> None:
+        def seen(*_: Any) -> None:
+            whole[name] += 1
+
+        module.register_forward_hook(seen)
+
+    def step() -> tuple[Read, list[Tensor]]:
+        read = model.read(batch)
+        assert type(read.past).update is read.past.update.__func__, "nothing is left behind"
+        model.zero_grad()
+        loss = model.loss(batch, read).sum()
+        loss.backward()
+        return read, [loss.detach(), *(p.grad for p in model.projector.parameters())]
+
+    decoder = llm.get_decoder()
+    count("last layer", (decoder.h if config.model_type == "gpt2" else decoder.layers)[-1])
+    count("output layer", llm.get_output_embeddings())
+    read, found = step()
+    assert set(whole.values()) == {1}, "of the columns with gradient only"
+    monkeypatch.setattr(Elmd, "_fill", lambda self, *columns: self._run(*columns, keep=1))
+    plain, wanted = step()
+    assert set(whole.values()) == {4 if shared and model.bears_holes else 3}
+    assert torch.equal(read.mask, plain.mask)
+    for one, other in zip(read.past.layers, plain.past.layers, strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+    assert len(read.past.layers) == 4
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SIZES, sliding_window=12),
+        Gemma3TextConfig(**SIZES, sliding_window=12, layer_types=["sliding_attention", "full_attention"] * 2),
+        MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=100, initializer_range=0.3),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_that_count_columns_get_no_holes(config: PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model = Elmd(llm, Projector(6, 32)).train()
+    draw = random.Random(0)
+    rows = [
+        Encoded([*range(5, 25), *(draw.randrange(3, 90) for _ in range(i))], 3, [7, i + 3] * i, [4, 2])
+        for i in (1, 4, 6)
+    ]
+    visual = [torch.randn(3, 6) for _ in rows]
+    data = SimpleNamespace(
+        rows=rows,
+        lengths=[row.length for row in rows],
+        batch=lambda at, split: collate([rows[i] for i in at], [visual[i] for i in at], split=split),
+    )
+    task = TokenTask(
+        model, {}, cast(Examples, data), Accelerator(cpu=True), batch_size=3, micro_tokens=400, seed=0, evaluate=dict
+    )
+    found = sum(loss.item() for loss, _ in task.losses([0, 1, 2], 0, 1))
+    wanted = [slow_loss(model, row, one) for row, one in zip(rows, visual, strict=True)]
+    assert found == pytest.approx(sum(wanted).item(), rel=1e-5)
+    holed = model.loss(collate(rows, visual, split=True)).sum().item()
+    assert holed != pytest.approx(found, rel=1e-3), "there was a window to mind"
+    asked = [Encoded(row.before, row.slots, row.after, []) for row in rows]
+    batch = collate(asked, visual)
+    assert batch.shared is not None
+    written = model.generate(batch, lambda logits, *_: logits.argmax(-1), eos=99, max_new_tokens=6)
+    assert written == [slow_reply(model, row, one, 99, 6) for row, one in zip(asked, visual, strict=True)]
+
+
+def test_ranks_that_share_the_model_out_read_to_the_end(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, ends = examples(encoder, "rep", samples=SEEN).batch([0, 1, 2], split=True), []
+    hook = llm[0].get_output_embeddings().register_forward_hook(lambda *_: ends.append(1))
+    try:
+        build(llm, prefix=0).read(batch)
+        assert not ends
+        monkeypatch.setattr("elmd.models.elmd.is_sharded", lambda _: True)
+        build(llm, prefix=0).read(batch)
+        assert len(ends) == 1
+    finally:
+        hook.remove()
+
+
+def test_errors_while_reading_come_through(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build(llm, prefix=0), examples(encoder, "rep", samples=SEEN).batch([0, 1], split=True)
+    monkeypatch.setattr(llm[0].get_decoder().layers[0].mlp, "forward", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.read(batch)
 
 
 def test_kept_prompts_change_nothing_but_the_work(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -64,7 +65,7 @@ def estimates(cfg: Config, config: PretrainedConfig, *, share: int = 1) -> Itera
     config._attn_implementation = "eager" if cfg.llm.attention == "eager" else "sdpa"
 
     def step(
-        stage: str, own: RepConfig | EergConfig, targets: int, trainables: int, **others: int
+        stage: str, own: RepConfig | EergConfig, targets: int, trainables: int, **others: Any
     ) -> Iterator[Estimate]:
         length = prompt + targets - 1
         rows = min(own.batch_size, max(1, own.micro_tokens // length))

@@ -20,13 +20,18 @@ from transformers import DynamicCache, PreTrainedModel
 from elmd.data.collate import IGNORED, Batch
 from elmd.errors import CheckpointError
 from elmd.models import ADAPTER, PROJECTOR
-from elmd.models.adapter import Adapter, fixed, load_adapter
+from elmd.models.adapter import Adapter, fixed, load_adapter, prefix_shape
+from elmd.models.llm import bears_holes
 from elmd.models.projector import Projector
 from elmd.models.sharding import anywhere, is_sharded
 
 #: Chooses the next token of the rows that still run: (logits [R, vocabulary], step, their places in the batch [R])
 #: -> ids [R].
 Choose = Callable[[Tensor, int, Tensor], Tensor]
+
+
+class _Written(Exception):
+    """The last layer has written its keys and values; no error."""
 
 
 class Read(NamedTuple):
@@ -56,6 +61,7 @@ class Elmd(nn.Module):
     ):
         super().__init__()
         self.llm, self.projector, self.adapter, self.checkpointing = llm, projector, adapter, checkpointing
+        self.bears_holes = bears_holes(llm)
         hidden = llm.get_input_embeddings().embedding_dim
         if projector is not None and projector.linear.out_features != hidden:
             raise CheckpointError(
@@ -213,31 +219,72 @@ class Elmd(nn.Module):
         """The columns before the first visual token (`batch.free`), of a model without adapter.
 
         The language model is frozen and looks back only, so no gradient of the projector passes through them (REP's
-        causal split): only their keys and values are needed.
+        causal split): only their keys and values are needed, so what follows those of the last layer is not run.
         """
-        return self._read(batch, self.llm.get_input_embeddings()(batch.ids[:, : batch.free]))[1]
+        embeddings = self.llm.get_input_embeddings()(batch.ids[:, : batch.free])
+        start, read = self._begin(batch, embeddings)
+        self._fill(embeddings[:, start:], read.mask, batch.positions[:, start : batch.free], read.past)
+        return read
 
     def _read(self, batch: Batch, embeddings: Tensor) -> tuple[Tensor, Read]:
-        """The first columns, as many as `embeddings` [B, columns, H] has; and the logits [B, vocabulary] after them.
+        """All columns of `embeddings` [B, L, H], and the logits [B, vocabulary] after them."""
+        start, read = self._begin(batch, embeddings)
+        output = self._run(embeddings[:, start:], read.mask, batch.positions[:, start:], read.past, keep=1)
+        return output.logits[:, -1].float(), read
 
-        What several rows begin with runs once, unless ranks share the model out: those must run it equally often.
+    def _begin(self, batch: Batch, embeddings: Tensor) -> tuple[int, Read]:
+        """What several rows begin with is run once, where the model bears the holes that this leaves in them.
+
+        Not where ranks share the model out, either: those must run it equally often.
+
+        Args:
+            embeddings: of the first columns that are to be read [B, columns, H].
+
+        Returns:
+            How many of these columns the cache holds by now; the cache, and the mask [B, columns] for the rest.
         """
         end = embeddings.shape[1]
-        mask, shared = batch.mask[:, :end], None if is_sharded(self.llm) else batch.shared
+        mask, shared = batch.mask[:, :end], batch.shared
+        if is_sharded(self.llm) or not self.bears_holes:
+            shared = None
         past = self._virtual(len(mask) if shared is None else len(shared.firsts)) or DynamicCache()
-        start = 0
-        if shared is not None:
-            start = shared.length
-            positions = torch.arange(start, device=mask.device).expand(len(shared.firsts), start)
-            columns = mask[shared.firsts].int().argmax(1, keepdim=True) + positions
-            begin = embeddings[shared.firsts[:, None], columns]
-            self._run(begin, torch.ones_like(positions, dtype=torch.bool), positions, past, keep=1)
-            past.batch_select_indices(shared.which)
-            # The cache's columns stand for what is shared; in the rest of each row it becomes padding.
-            mask = mask & (batch.positions[:, :end] >= start)
-            mask[:, :start] = True
-        output = self._run(embeddings[:, start:], mask, batch.positions[:, start:end], past, keep=1)
-        return output.logits[:, -1].float(), Read(past, mask)
+        if shared is None:
+            return 0, Read(past, mask)
+        start = shared.length
+        positions = torch.arange(start, device=mask.device).expand(len(shared.firsts), start)
+        columns = mask[shared.firsts].int().argmax(1, keepdim=True) + positions
+        begin = embeddings[shared.firsts[:, None], columns]
+        self._fill(begin, torch.ones_like(positions, dtype=torch.bool), positions, past)
+        past.batch_select_indices(shared.which)
+        # The cache's columns stand for what is shared; in the rest of each row it becomes padding.
+        mask = mask & (batch.positions[:, :end] >= start)
+        mask[:, :start] = True
+        return start, Read(past, mask)
+
+    def _fill(self, embeddings: Tensor, mask: Tensor, positions: Tensor, past: DynamicCache) -> None:
+        """Run columns for their keys and values alone: the pass ends as soon as the last layer has written its own.
+
+        An exception ends it, as all that decoders of different families have in common is that each layer gives its
+        keys and values to the cache. Where ranks share the model out it runs to its end: hooks free each layer.
+        """
+        if is_sharded(self.llm):
+            self._run(embeddings, mask, positions, past, keep=1)
+            return
+        write, last = past.update, prefix_shape(self.llm.config)[0] - 1
+
+        def update(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            found = write(key_states, value_states, layer_idx, *args, **kwargs)
+            if layer_idx == last:
+                raise _Written
+            return found
+
+        vars(past)["update"] = update
+        try:
+            self._run(embeddings, mask, positions, past, keep=1)
+        except _Written:
+            pass
+        finally:
+            del vars(past)["update"]  # the class's own again
 
     def _run(self, embeddings: Tensor, mask: Tensor, positions: Tensor, past: DynamicCache | None, keep: int) -> Any:
         return self.llm(

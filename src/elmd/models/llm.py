@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from elmd.errors import CheckpointError, reason
 from elmd.log import logger
+from elmd.models.attention import group_on_cpu
 
 
 def load_llm(
@@ -23,6 +25,8 @@ def load_llm(
 ) -> tuple[PreTrainedModel, Any]:
     """The model, frozen and in eval mode, and its tokenizer. Weights are read from safetensors, straight to the device.
 
+    Attention `sdpa` keeps keys and values grouped on a CPU, from then on in the whole process (`group_on_cpu`).
+
     Args:
         path: a folder, or a hub id.
         device: where the model will run.
@@ -33,6 +37,7 @@ def load_llm(
         CheckpointError: the folder is missing, incomplete or not one that transformers knows without remote code.
     """
     device = torch.device(device)
+    group_on_cpu()
     _, tokenizer = open_llm(path, attention=attention)
     if (size := sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))) > 10**9:
         logger.info("reading the language model, %.1f GB (%s)", size / 1e9, path)
@@ -94,6 +99,21 @@ def _unusable(path: str | Path, error: Exception) -> CheckpointError:
 def freeze(model: Any) -> Any:
     """Stop gradients to a model's parameters and put it in eval mode."""
     return model.requires_grad_(False).eval()
+
+
+def bears_holes(llm: PreTrainedModel) -> bool:
+    """Whether padding may stand in the middle of a row.
+
+    Not where the model goes by columns instead of positions: it takes no positions, or a layer looks back at so many
+    columns only, which a hole would be counted among.
+    """
+    if "position_ids" not in inspect.signature(type(llm).forward).parameters:
+        return False
+    text = llm.config.get_text_config(decoder=True)
+    if kinds := getattr(text, "layer_types", None):
+        return not any("sliding" in kind or "chunked" in kind for kind in kinds)
+    windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+    return not (any(windows) and getattr(text, "use_sliding_window", True))
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -104,6 +104,8 @@ class PackedTask:
 class TokenTask(PackedTask):
     """ELMD's: without an adapter only the projector trains, and the tokens before the slots run without gradient.
 
+    Not in a language model that bears no holes in the middle of a row: there all tokens run with gradient.
+
     Args:
         keep_prompts: run those tokens in the first epoch only, and keep their keys and values.
     """
@@ -122,7 +124,7 @@ class TokenTask(PackedTask):
         **how: Any,
     ):
         before = after = None
-        if model.adapter is None:
+        if model.adapter is None and model.bears_holes:
             before = [len(row.before) for row in examples.rows]
             # What runs with gradient costs twice as much as what does not, and is what is kept.
             after = [length - head for length, head in zip(examples.lengths, before, strict=True)]
