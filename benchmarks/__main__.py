@@ -12,11 +12,13 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import measure
+from elmd.cli import guard
+from elmd.errors import ConfigError
 
 #: By name: the module, whose function `cases(small)` yields the cases, and what is compared.
 BENCHMARKS = {
@@ -45,20 +47,31 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; default: all")
-    parser.add_argument("--rounds", type=int, default=9, help="times that each way is run (9)")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each way is run (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="smallest sizes: shows that it runs, not how fast")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there too")
     args = parser.parse_args()
-    if unknown := set(args.names) - BENCHMARKS.keys():
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     if args.rounds < 1:
         parser.error("--rounds must be 1 or more")
+    guard(lambda: run(args.names, rounds=args.rounds, small=args.small, path=args.json))
+
+
+def run(names: Sequence[str], *, rounds: int, small: bool, path: Path | None) -> None:
+    """Run these benchmarks, or all of them, and print what was measured; exits with 1 where one of `names` cannot run.
+
+    Raises:
+        ConfigError: there is no such benchmark.
+    """
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise ConfigError(f"there is no benchmark {unknown[0]!r}", fix=f"choose from {', '.join(BENCHMARKS)}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read as torch is loaded: its profiler tells of itself at length
+    from benchmarks.harness import measure  # which loads torch: not for --help
+
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing`", category=FutureWarning)
     about, missing = environment(), []
     print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
     measured: dict[str, list[dict[str, Any]]] = {}
-    for name in args.names or BENCHMARKS:
+    for name in names or BENCHMARKS:
         try:
             module = importlib.import_module(BENCHMARKS[name][0])
         except ModuleNotFoundError as error:
@@ -67,13 +80,13 @@ def main() -> None:
             continue
         print(f"## {name}: {BENCHMARKS[name][1]}\n")
         measured[name] = []
-        for case in module.cases(args.small):
-            found = measure(case, args.rounds)
+        for case in module.cases(small):
+            found = measure(case, rounds)
             measured[name].append(found.json())
             print(found.markdown(), end="\n\n", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"environment": about, "benchmarks": measured}, indent=1), encoding="utf-8")
-    if missing and args.names:
+    if path:
+        path.write_text(json.dumps({"environment": about, "benchmarks": measured}, indent=1), encoding="utf-8")
+    if missing and names:
         sys.exit(1)
 
 

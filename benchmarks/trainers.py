@@ -37,33 +37,42 @@ def trl_is_here() -> bool:
     return importlib.util.find_spec("trl") is not None
 
 
-def loops(task: Task, *names: str) -> list[Way]:
-    """Ways that run in a loop of one's own."""
-    return [_way(name, task, partial(_loop, task, task.steps[name])) for name in names]
+def loops(task: Task, *names: str, peak: bool = True) -> list[Way]:
+    """Ways that run in a loop of one's own.
+
+    Args:
+        peak: whether to measure peak memory, which takes a run more.
+    """
+    return [_way(name, task, partial(_loop, task, task.steps[name]), peak) for name in names]
 
 
-def hf(task: Task, folder: str) -> list[Way]:
+def hf(task: Task, folder: str, *, peak: bool = True) -> list[Way]:
     """HF's `Trainer`, with a global batch at once and in four parts; it may write to `folder`."""
-    return _cuts("Trainer", task, _hf, folder)
+    return _cuts("Trainer", task, _hf, folder, peak)
 
 
 def trl(task: Task, folder: str) -> list[Way]:
     """TRL's `SFTTrainer`, likewise; for samples of text alone."""
-    return _cuts("TRL", task, _trl, folder)
+    return _cuts("TRL", task, _trl, folder, peak=True)
 
 
-def _cuts(name: str, task: Task, prepare: Callable[[Task, int, str], Run], folder: str) -> list[Way]:
+def _cuts(name: str, task: Task, prepare: Callable[[Task, int, str], Run], folder: str, peak: bool) -> list[Way]:
     size = task.scale.batch
     return [
-        _way(f"{name}, {rows} × {size // rows}", task, partial(prepare, task, rows, folder))
+        _way(f"{name}, {rows} × {size // rows}", task, partial(prepare, task, rows, folder), peak)
         for rows in (size, size // 4)
     ]
 
 
-def _way(name: str, task: Task, prepare: Callable[[], Run]) -> Way:
+def _way(name: str, task: Task, prepare: Callable[[], Run], peak: bool) -> Way:
     """Args: prepare: makes one run ready, which is not timed."""
     device, attention = task.llm.device, partial(attend, grouped=name.startswith("elmd"))
     ready: list[Run] = []
+    tokens = 0
+
+    def count(_: Any, inputs: tuple[Tensor]) -> None:
+        nonlocal tokens
+        tokens += inputs[0].numel()
 
     def before() -> None:
         attention()
@@ -74,28 +83,24 @@ def _way(name: str, task: Task, prepare: Callable[[], Run]) -> Way:
             torch.cuda.synchronize(device)
 
     def run() -> Mapping[str, Any]:
+        nonlocal tokens
+        tokens = 0
+        hook = task.llm.get_input_embeddings().register_forward_pre_hook(count)
         gc.freeze()  # a trainer collects garbage once as it begins, which is no part of a step
         try:
             found = ready.pop()()
         finally:
             gc.unfreeze()
+            hook.remove()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return found
 
     def facts() -> dict[str, float]:
-        tokens = 0
-
-        def count(_: Any, inputs: tuple[Tensor]) -> None:
-            nonlocal tokens
-            tokens += inputs[0].numel()
-
-        hook = task.llm.get_input_embeddings().register_forward_pre_hook(count)
-        prepared = prepare()
+        """Tokens are those of the last run."""
         attention()
-        peak = peak_bytes(prepared, device)
-        hook.remove()
-        return {"peak, MiB": peak / 2**20, "tokens, padding included": tokens}
+        found = {"peak, MiB": peak_bytes(prepare(), device) / 2**20} if peak else {}
+        return {**found, "tokens, padding included": tokens}
 
     return Way(name, run, facts, before)
 

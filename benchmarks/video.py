@@ -1,11 +1,12 @@
-"""Clips to frames, against decoding them one after another with PyAV; features from shards, against a file for each.
+"""Clips to frames and to features, against one after another with PyAV; features from shards, against a file for each.
 
-The peer is `read_video_pyav` of the transformers documentation, which every example of a video model begins with. Clips
-are made here: soft shapes that move, with noise, so that they have to be decoded like film.
+The peer decodes with PyAV from the first frame on, as the examples of transformers' video models do. Clips are made
+here: soft shapes that move, with noise, so that they have to be decoded like film.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import time
@@ -17,15 +18,31 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.harness import Case, Way
-from elmd.data.features import INDEX, FeatureStore, index_of, read_shards, write_shard
+from benchmarks.ways import SCALES
+from elmd.config import Config, VisionConfig, VisionKind
+from elmd.data.features import INDEX, SHARDS, FeatureStore, index_of, read_shards, write_shard
 from elmd.data.video import decode_clips, frame_indices, read_clip, squash
 from elmd.errors import ClipError
-from elmd.types import Clip
+from elmd.labels import EMOTIONS
+from elmd.models.vision import VisionEncoder, VisionShape, pool
+from elmd.stages.base import Job
+from elmd.stages.features import Encoded, Shards
+from elmd.types import Clip, Sample, Utterance
 
 FRAMES, FPS = 8, 25
+#: An encoder that takes about as long for a frame as one process takes to decode it.
+SLOW = VisionShape(
+    {
+        "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "image_size": 224, "patch_size": 16,
+    },
+    {"vocab_size": 2, "hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 768},
+)  # fmt: skip
 
 
 def write_clip(path: Path, seconds: float, size: tuple[int, int], *, apart: float, seed: int) -> Clip:
@@ -46,18 +63,11 @@ def write_clip(path: Path, seconds: float, size: tuple[int, int], *, apart: floa
     return Clip(str(path))
 
 
-def read_video_pyav(container: Any, indices: Sequence[int]) -> np.ndarray:
-    """Decode the video with PyAV decoder (the transformers documentation's, word for word)."""
-    frames = []
-    container.seek(0)
-    start_index = indices[0]
-    end_index = indices[-1]
-    for i, frame in enumerate(container.decode(video=0)):
-        if i > end_index:
-            break
-        if i >= start_index and i in indices:
-            frames.append(frame)
-    return np.stack([x.to_ndarray(format="rgb24") for x in frames])
+def wanted_frames(container: Any, wanted: Sequence[int]) -> list[np.ndarray]:
+    """Frames [h, w, 3] at these places: decode from the start up to the last of them."""
+    last, places = wanted[-1], set(wanted)
+    decoded = itertools.islice(container.decode(video=0), last + 1)
+    return [frame.to_ndarray(format="rgb24") for place, frame in enumerate(decoded) if place in places]
 
 
 def one_by_one(clips: Sequence[Clip], size: int) -> Tensor:
@@ -68,8 +78,8 @@ def one_by_one(clips: Sequence[Clip], size: int) -> Tensor:
             stream = container.streams.video[0]
             assert stream.average_rate is not None
             count, rate = stream.frames, float(stream.average_rate)
-            wanted = frame_indices(np.arange(count) / rate, 0.0, count / rate, FRAMES)
-            found.append(np.stack([squash(frame, size) for frame in read_video_pyav(container, wanted.tolist())]))
+            wanted = frame_indices(np.arange(count) / rate, clip.start or 0.0, clip.end or count / rate, FRAMES)
+            found.append(np.stack([squash(frame, size) for frame in wanted_frames(container, wanted.tolist())]))
     return torch.from_numpy(np.stack(found))
 
 
@@ -109,6 +119,9 @@ def cases(small: bool) -> Iterator[Case]:
     for apart in (10.0,) if small else (10.0, 1.0):
         with TemporaryDirectory() as folder:
             yield decoding(Path(folder), small, apart)
+    for shape in (SCALES["smoke"].vision,) if small else (SCALES["cpu"].vision, SLOW):
+        with TemporaryDirectory() as folder:
+            yield encoding(Path(folder), small, shape)
     with TemporaryDirectory() as folder:
         yield cached(Path(folder), small)
 
@@ -131,6 +144,79 @@ def decoding(folder: Path, small: bool, apart: float) -> Case:
         note="Pixels are equal. Workers are started and ended in each round, as for a stage.",
         per=frames,
         unit="frames",
+    )
+
+
+def encoding(folder: Path, small: bool, shape: VisionShape) -> Case:
+    """Clips to features by the stage's own code, and how long its encoder has nothing to do."""
+    size, seconds, files, spans = ((64, 48), 0.8, 2, 1) if small else ((640, 360), 3.0, 4, 8)
+    made = [write_clip(folder / f"{i}.mp4", seconds, size, apart=1.0, seed=i) for i in range(files)]
+    clips = [Clip(one.path, 0.0, seconds - i / FPS) for i in range(spans) for one in made]
+    turns = [Utterance(str(i), "A", "", EMOTIONS[0], clip=clip) for i, clip in enumerate(clips)]
+    samples = [Sample(turn.id, "d", "s", "train", (), turn, turn) for turn in turns]
+    torch.manual_seed(0)
+    VisionEncoder(shape).save(folder / "vision")
+    vision = VisionConfig("benchmark", VisionKind.encoder, str(folder / "vision"), frames=FRAMES, dtype="float32")
+    stage = Encoded(Config(vision=vision), Job(folder, {}, Accelerator(cpu=True)), samples)
+    frames = len(clips) * FRAMES
+
+    def way(name: str, work: Callable[[], dict[str, Tensor]]) -> Way:
+        began = busy = whole = 0.0
+
+        def begin(*_: Any) -> None:
+            nonlocal began
+            began = time.perf_counter()
+
+        def end(*_: Any) -> None:
+            nonlocal busy
+            busy += time.perf_counter() - began
+
+        def run() -> dict[str, Tensor]:
+            nonlocal busy, whole
+            hooks = [stage.encoder.register_forward_pre_hook(begin), stage.encoder.register_forward_hook(end)]
+            busy, started = 0.0, time.perf_counter()
+            found = work()
+            whole = time.perf_counter() - started
+            for hook in hooks:
+                hook.remove()
+            return found
+
+        def facts() -> dict[str, float]:
+            """Of the last run."""
+            return {"encoder waits, %": 100 * (1 - busy / whole), "encoder alone, frames/s": frames / busy}
+
+        return Way(name, run, facts)
+
+    def ours(workers: int) -> dict[str, Tensor]:
+        vision.workers = workers
+        with TemporaryDirectory(dir=folder) as new:
+            assert not stage.make(sorted(stage.sources), Shards(Path(new), 0))
+            shards = {path.name: load_file(path)["features"].float() for path in Path(new, SHARDS).iterdir()}
+            return {key: shards[place.shard][place.row] for key, place in read_shards(Path(new)).items()}
+
+    @torch.inference_mode()
+    def in_turn() -> dict[str, Tensor]:
+        found = {}
+        for key, clip in stage.sources.items():
+            seen = stage.encoder(stage.encoder.pixels(one_by_one([clip], stage.encoder.image_size)[0]))
+            found[key] = pool(seen).half().float()
+        return found
+
+    pixels, vit = stage.encoder.image_size, shape.vision_config
+    return Case(
+        "Clips to features (eq. 5-8)",
+        f"{len(clips)} clips of about {seconds:g} s, {size[0]} × {size[1]}, a key frame every second; {FRAMES} frames "
+        f"of each as {pixels} × {pixels}; ViT of {vit['hidden_size']} × {vit['num_hidden_layers']}, and Q-Former",
+        [
+            way("elmd, 2 workers", lambda: ours(2)),
+            way("elmd, 1 worker", lambda: ours(1)),
+            way("PyAV and the encoder in turn", in_turn),
+        ],
+        tolerance=1e-3,
+        per=frames,
+        unit="frames",
+        note="Features are kept in half precision. The encoder waits while it is not called: for frames, for "
+        "workers to start, for shards to be written. It shares the cores with the workers.",
     )
 
 

@@ -23,6 +23,38 @@ def test_its_ways_agree(module) -> None:
     assert all(timing.ratio[0] > 0 for case in measured for timing in case.timings)
 
 
+def test_recall_is_held_against_double_precision() -> None:
+    """On trained vectors and on others; what is built on all cores leaves the threads of the search as they were."""
+    threads = torch.get_num_threads()
+    exact, near = {}, {}
+    for i, case in enumerate(retrieval.cases(small=True)):
+        facts = {way.name: way.facts() for way in case.ways}
+        assert facts[case.ways[0].name].items() >= {"recall@1": 1.0, "recall@10": 1.0}.items()
+        (near if i % 2 else exact)[case.size] = facts
+        assert torch.get_num_threads() == threads
+    assert [size.split("; ")[1].split(" ")[0] for size in exact] == ["e_u", "E_s", "made"]
+    assert all(facts["torch, double, topk"]["recall@10"] > 0.999 for facts in exact.values())
+    assert all(0.9 < one["recall@1"] <= 1 for facts in near.values() for one in facts.values())
+
+
+def test_what_an_index_does_not_find_lowers_recall(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = retrieval.clustered(220, 16)
+    monkeypatch.setattr(retrieval, "searched", lambda *_: retrieval.Neighbours(torch.full((20, 10), -1), None))
+    for case in retrieval.compared(rows[:200], rows[200:], ""):
+        recalls = {way.name: way.facts()["recall@10"] for way in case.ways}
+        assert all((recall == 0) == name.startswith("FAISS") for name, recall in recalls.items())
+
+
+def test_many_candidates_get_a_graph_with_fewer_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "MANY", 100)
+    rows = retrieval.clustered(220, 16)
+    exact, near = retrieval.compared(rows[:200], rows[200:], "")
+    assert [way.name for way in exact.ways] == ["elmd", "FAISS, flat"]
+    assert "left out" in exact.note
+    assert "FAISS, HNSW (16 links)" in [way.name for way in near.ways]
+    assert "half the links" in near.note
+
+
 def test_a_case_is_told_as_a_table() -> None:
     waits = iter([0.0] * 9)
     slow = Way("slow", lambda: (torch.arange(3.0), [1, 2]), facts=lambda: {"MiB": 7}, before=partial(next, waits))
@@ -81,14 +113,3 @@ def test_what_is_not_installed_is_left_out_and_named(
     monkeypatch.setattr("sys.argv", ["benchmarks", "--small", "erm"])
     with pytest.raises(SystemExit):
         bench.main()
-
-
-@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("erm-loss", 2)])
-def test_help_and_mistakes_list_the_names(
-    argument: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["benchmarks", argument])
-    with pytest.raises(SystemExit) as stop:
-        bench.main()
-    assert stop.value.code == code
-    assert "step-eerg, step-rep, erm," in "".join(capsys.readouterr())

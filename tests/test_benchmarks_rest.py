@@ -7,13 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import curves, dist, resume, startup, video
+from benchmarks.__main__ import BENCHMARKS
 from benchmarks.harness import Unequal, measure
 
 
@@ -24,6 +27,20 @@ def test_a_command_reads_its_line_without_what_it_works_with(command: str, tmp_p
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == startup.COMMANDS[command], done.stderr[-2000:]
     assert "import time:" in done.stderr
+    assert startup.loaded(done.stderr) == set()
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("erm-loss", 1)])
+def test_names_of_benchmarks_are_told_without_loading_them(argument: str, code: int, tmp_path: Path) -> None:
+    line = [sys.executable, "-X", "importtime", "-m", "benchmarks", argument]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code
+    told = [text for text in (done.stdout + done.stderr).splitlines() if not text.startswith("import time:")]
+    if code:
+        (sentence,) = told
+        assert sentence.startswith("error: there is no benchmark 'erm-loss'; choose from step-eerg, step-rep, erm,")
+    assert set(BENCHMARKS) <= set(re.findall(r"[a-z-]+", " ".join(told)))
     assert startup.loaded(done.stderr) == set()
 
 
@@ -73,6 +90,25 @@ def test_other_pixels_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = video.cases(small=True)  # which holds the clips
     with pytest.raises(Unequal, match="PyAV, one by one"):
         measure(next(cases), 1)
+
+
+def test_how_long_the_encoder_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder that sleeps for a time waits for less than one that does not; its own speed is that of its sleep."""
+    case = video.encoding(tmp_path, True, video.SCALES["smoke"].vision)
+    in_turn = case.ways[-1]
+    in_turn.run()
+    quick = in_turn.facts()
+    forward = video.VisionEncoder.forward
+
+    def slow(self: video.VisionEncoder, pixels: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.5)
+        return forward(self, pixels)
+
+    monkeypatch.setattr(video.VisionEncoder, "forward", slow)
+    in_turn.run()
+    found = in_turn.facts()
+    assert 0 < found["encoder waits, %"] < quick["encoder waits, %"] < 100
+    assert found["encoder alone, frames/s"] < video.FRAMES / 0.5 < quick["encoder alone, frames/s"]
 
 
 def test_curves_are_drawn_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

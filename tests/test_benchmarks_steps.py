@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,12 +38,15 @@ def facts(found: Any) -> dict[str, Mapping[str, float]]:
 
 
 def test_all_ways_of_eerg_take_the_same_steps() -> None:
-    step, logits = [measured(case) for case in eerg.cases(small=True)]
+    step, epoch, logits = [measured(case) for case in eerg.cases(small=True)]
     assert list(facts(step)) == LOOPS + TRAINERS + TRL
     assert step.apart < 1e-4
     tokens = {way: one["tokens, padding included"] for way, one in facts(step).items()}
     assert tokens["elmd"] <= tokens["peft"] < tokens["p-tuning"]
     assert tokens["Trainer, 1 × 4"] < tokens["Trainer, 4 × 1"], "single samples need no padding"
+    assert list(facts(epoch)) == ["elmd", *TRAINERS]
+    assert epoch.apart < 1e-4, "the summed gradient is that of any order"
+    assert all(one["tokens, padding included"] > 0 for one in facts(epoch).values())
     assert list(facts(logits)) == ["elmd", "peft"]
     assert facts(logits)["elmd"]["peak, MiB"] < facts(logits)["peft"]["peak, MiB"]
 
@@ -51,6 +56,15 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(eerg.cases(small=True))
     assert [way.name for way in case.ways] == LOOPS + TRAINERS
     assert "TRL is not installed (pip install -e '.[bench]')" in case.note
+
+
+def test_lengths_of_a_trainers_batch_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: sorted, [1, 1, 3, 3] makes two batches without spread; of [0, 4, 0, 4] in given order each has 2."""
+    monkeypatch.setattr(eerg, "drawn", lambda count: [(10, 0, 0), (20, 0, 0)] * (count // 2))
+    task = SimpleNamespace(scale=replace(ways.SCALES["smoke"], batch=2), samples=SimpleNamespace(lengths=[0, 4] * 2))
+    for order, spread in (([0, 2, 1, 3], 0), ([0, 1, 2, 3], 2)):
+        monkeypatch.setattr(eerg, "get_length_grouped_indices", lambda lengths, rows, order=order: order)
+        assert f"Lengths differ by {spread} tokens" in eerg.grouped(task)
 
 
 def test_a_trainer_that_moves_positions_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,11 +149,12 @@ def _in_double(candidates: Tensor, queries: Tensor, excluded: Pairs, k: int) -> 
         tile = (queries @ part.double().T).float()
         here = (excluded.columns >= start) & (excluded.columns < start + len(part))
         tile[excluded.rows[here], excluded.columns[here] - start] = -torch.inf
-        # Earlier candidates stand before later ones, and a stable sort leaves ties so.
-        both, order = torch.cat([similarity, tile], dim=1).sort(dim=1, descending=True, stable=True)
-        places = torch.arange(start, start + len(part)).expand(len(queries), -1)
-        positions = torch.cat([positions, places], dim=1).gather(1, order[:, :k])
-        similarity = both[:, :k]
+        both = torch.cat([similarity, tile], dim=1)
+        places = torch.cat([positions, torch.arange(start, start + len(part)).expand(len(queries), -1)], dim=1)
+        for rank in range(k):  # k maxima cost less than a sort; of equal ones max gives the first, as ties are to go
+            best, at = both.max(dim=1, keepdim=True)
+            similarity[:, rank : rank + 1], positions[:, rank : rank + 1] = best, places.gather(1, at)
+            both.scatter_(1, at, -torch.inf)
     return Neighbours(positions, similarity)
 
 
