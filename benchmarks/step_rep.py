@@ -55,7 +55,8 @@ def _case(title: str, scale: Scale, lengths: list[Lengths]) -> Case:
     kept = Step("elmd, prompts kept", task.elmd(task.model, keep_prompts=True))
     ways = [_way(task, step) for step in (*(task.steps[name] for name in PLAIN), kept)]
     note = (
-        f"By FLOPs alone the split is worth at most {4 / (4 - 2 * share):.2f}, and more where samples begin alike. "
+        f"By the number of tokens the split is worth at most {4 / (4 - 2 * share):.2f}. Beside that, reading ends at "
+        "the last layer's keys and values, and what all samples begin with is read once for all steps. "
         "With prompts kept (rep.keep_prompts) what is timed is a step of the second epoch."
     )
     return Case(title, size, ways, note=note, per=len(samples), unit="samples")

@@ -301,6 +301,7 @@ def test_reading_stops_at_the_last_keys_and_changes_nothing(
         module.register_forward_hook(seen)
 
     def step() -> tuple[Read, list[Tensor]]:
+        model._opening = None
         read = model.read(batch)
         assert type(read.past).update is read.past.update.__func__, "nothing is left behind"
         model.zero_grad()
@@ -382,6 +383,49 @@ def test_errors_while_reading_come_through(llm, encoder, monkeypatch: pytest.Mon
     monkeypatch.setattr(llm[0].get_decoder().layers[0].mlp, "forward", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.read(batch)
+
+
+def test_an_opening_is_run_once_and_changes_nothing(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = examples(encoder, "rep", samples=SEEN)
+    fills: list[int] = []
+    fill = Elmd._fill
+
+    def counted(self: Elmd, embeddings: Tensor, *others: Any) -> None:
+        fills.append(embeddings.shape[:2].numel())
+        fill(self, embeddings, *others)
+
+    monkeypatch.setattr(Elmd, "_fill", counted)
+    once = build(llm, prefix=0)
+    instruction = len(encoder(SEEN[0], (), "rep", 0, with_target=False).before)
+    for number, at in enumerate(([0, 1, 2], [3, 4], [4, 2, 0])):
+        batch = data.batch(at, split=True)
+        assert batch.shared is not None
+        assert len(batch.shared.firsts) == 1
+        assert batch.shared.ids == tuple(data.rows[at[0]].before[: batch.shared.length])
+        fills.clear()
+        known = once.loss(batch)
+        spared = fills.copy()
+        once.zero_grad()
+        known.sum().backward()
+        anew = build(llm, prefix=0)
+        fills.clear()
+        fresh = anew.loss(batch)
+        assert len(spared) == (2 if number == 0 else 1), "the opening, and what follows it"
+        assert len(fills) == 2
+        assert sum(spared) <= sum(fills)
+        torch.testing.assert_close(known, fresh, rtol=1e-5, atol=1e-5)
+    assert 0 < len(once._opening.ids) <= instruction
+
+
+def test_another_opening_is_run_anew(llm) -> None:
+    model = build(llm, prefix=0)
+    for first, count in ((5, 20), (6, 20), (6, 24), (6, 20)):
+        rows = [Encoded([first] * count + [7 + i, 8 + i], 0, [9], [4, 2]) for i in range(3)]
+        batch = collate([replace(row, slots=3) for row in rows], [torch.randn(3, 6)] * 3, split=True)
+        losses = model.loss(batch)
+        wanted = [slow_loss(model, replace(row, slots=3), batch.visual[:3]) for row in rows]
+        assert losses.tolist() == pytest.approx([one.item() for one in wanted], rel=1e-4)
+        assert model._opening.ids[0] == first
 
 
 def test_kept_prompts_change_nothing_but_the_work(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:

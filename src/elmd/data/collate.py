@@ -36,11 +36,13 @@ class Beginning(NamedTuple):
     Attributes:
         firsts: rows [U] that begin differently.
         which: for each row, the place in `firsts` of the one that it begins like [B].
+        ids: these tokens of the first of `firsts`; they stay on the CPU.
     """
 
     length: int
     firsts: Tensor
     which: Tensor
+    ids: tuple[int, ...]
 
 
 class Shape(NamedTuple):
@@ -94,8 +96,8 @@ class Batch:
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         if self.shared is not None:
-            length, *tensors = self.shared
-            moved["shared"] = Beginning(length, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+            firsts, which = (x.to(device, non_blocking=True) for x in (self.shared.firsts, self.shared.which))
+            moved["shared"] = self.shared._replace(firsts=firsts, which=which)
         return replace(self, **moved)
 
 
@@ -189,7 +191,7 @@ def shared_beginning(ids: Tensor, slots: Tensor, mask: Tensor) -> Beginning | No
     new = torch.cat([torch.tensor([True]), common < length])
     which = torch.empty_like(order)
     which[order] = new.long().cumsum(0) - 1
-    return Beginning(length, order[new], which)
+    return Beginning(length, order[new], which, tuple(begin[order[0], :length].tolist()))
 
 
 #: What a pass of the model costs beside its own tokens, in tokens: its weights are read and its kernels started anew.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from elmd.data.collate import IGNORED, Batch
+from elmd.data.collate import IGNORED, Batch, Beginning
 from elmd.errors import CheckpointError
 from elmd.models import ADAPTER, PROJECTOR
 from elmd.models.adapter import Adapter, fixed, load_adapter, prefix_shape
@@ -41,6 +42,21 @@ class Read(NamedTuple):
     mask: Tensor
 
 
+class Opening(NamedTuple):
+    """What prompts begin with: ids of c tokens, and of each layer keys and values [1, KV heads, c, head width]."""
+
+    ids: tuple[int, ...]
+    layers: list[tuple[Tensor, Tensor]]
+
+    def cache(self, rows: int, length: int) -> DynamicCache:
+        """Its first tokens, as if so many rows had begun with them."""
+        past = DynamicCache()
+        for number, layer in enumerate(self.layers):
+            keys, values = (x[:, :, :length].expand(rows, -1, -1, -1) for x in layer)
+            past.update(keys, values, number)
+        return past
+
+
 class Elmd(nn.Module):
     """Splices visual tokens into the prompt's embeddings and runs the language model behind an adapter.
 
@@ -62,6 +78,7 @@ class Elmd(nn.Module):
         super().__init__()
         self.llm, self.projector, self.adapter, self.checkpointing = llm, projector, adapter, checkpointing
         self.bears_holes = bears_holes(llm)
+        self._opening: Opening | None = None  # the last one; without an adapter it is the same in every step
         hidden = llm.get_input_embeddings().embedding_dim
         if projector is not None and projector.linear.out_features != hidden:
             raise CheckpointError(
@@ -235,7 +252,8 @@ class Elmd(nn.Module):
     def _begin(self, batch: Batch, embeddings: Tensor) -> tuple[int, Read]:
         """What several rows begin with is run once, where the model bears the holes that this leaves in them.
 
-        Not where ranks share the model out, either: those must run it equally often.
+        Without an adapter, what all rows begin with is run once for good: all prompts begin with the same instruction.
+        Nothing is shared where ranks share the model out: those must run it equally often.
 
         Args:
             embeddings: of the first columns that are to be read [B, columns, H].
@@ -243,23 +261,35 @@ class Elmd(nn.Module):
         Returns:
             How many of these columns the cache holds by now; the cache, and the mask [B, columns] for the rest.
         """
-        end = embeddings.shape[1]
+        rows, end = embeddings.shape[:2]
         mask, shared = batch.mask[:, :end], batch.shared
-        if is_sharded(self.llm) or not self.bears_holes:
-            shared = None
-        past = self._virtual(len(mask) if shared is None else len(shared.firsts)) or DynamicCache()
-        if shared is None:
-            return 0, Read(past, mask)
-        start = shared.length
-        positions = torch.arange(start, device=mask.device).expand(len(shared.firsts), start)
-        columns = mask[shared.firsts].int().argmax(1, keepdim=True) + positions
-        begin = embeddings[shared.firsts[:, None], columns]
-        self._fill(begin, torch.ones_like(positions, dtype=torch.bool), positions, past)
-        past.batch_select_indices(shared.which)
+        if shared is None or is_sharded(self.llm) or not self.bears_holes:
+            return 0, Read(self._virtual(rows) or DynamicCache(), mask)
+        start, past = self._open(batch, embeddings, shared)
         # The cache's columns stand for what is shared; in the rest of each row it becomes padding.
         mask = mask & (batch.positions[:, :end] >= start)
         mask[:, :start] = True
         return start, Read(past, mask)
+
+    def _open(self, batch: Batch, embeddings: Tensor, shared: Beginning) -> tuple[int, DynamicCache]:
+        """How many tokens the cache holds of what rows begin with, and the cache, a row for each."""
+        rows, once = len(embeddings), self.adapter is None and len(shared.firsts) == 1
+        if once and self._opening is not None:
+            pairs = zip(self._opening.ids, shared.ids, strict=False)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            # Batches rarely agree to the last token: what they lack is run in each row, if that is less than all anew.
+            if rows * (shared.length - same) <= shared.length:
+                return same, self._opening.cache(rows, same)
+        past = self._virtual(len(shared.firsts)) or DynamicCache()
+        positions = torch.arange(shared.length, device=embeddings.device).expand(len(shared.firsts), -1)
+        columns = batch.mask[shared.firsts].int().argmax(1, keepdim=True) + positions
+        begin = embeddings[shared.firsts[:, None], columns]
+        self._fill(begin, torch.ones_like(positions, dtype=torch.bool), positions, past)
+        if once:
+            held: Any = past.layers
+            self._opening = Opening(shared.ids, [(layer.keys, layer.values) for layer in held])
+        past.batch_select_indices(shared.which)
+        return shared.length, past
 
     def _fill(self, embeddings: Tensor, mask: Tensor, positions: Tensor, past: DynamicCache) -> None:
         """Run columns for their keys and values alone: the pass ends as soon as the last layer has written its own.
