@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from typing import Any
 
 from elmd.cli import guard
 from elmd.errors import ConfigError
+from elmd.training.artifacts import write_json
 
 #: By name: the module, whose function `cases(small)` yields the cases, and what is compared.
 BENCHMARKS = {
@@ -42,7 +43,7 @@ def main() -> None:
     names = "\n".join(f"  {name:<10} {told}" for name, (_, told) in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description=f"All ways give equal results; a ratio over 1 says that ELMD is faster.\n\n{names}",
+        description=f"Ways give equal results, which is shown first; over 1, ELMD is faster.\n\n{names}",
         epilog="Peers come with pip install -e '.[bench]'; python -m benchmarks.curves draws costs against sizes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -84,18 +85,24 @@ def run(names: Sequence[str], *, rounds: int, small: bool, path: Path | None) ->
             found = measure(case, rounds)
             measured[name].append(found.json())
             print(found.markdown(), end="\n\n", flush=True)
-    if path:
-        path.write_text(json.dumps({"environment": about, "benchmarks": measured}, indent=1), encoding="utf-8")
+            if path:
+                write_json(path, {"environment": about, "benchmarks": measured})
     if missing and names:
         sys.exit(1)
 
 
 def environment() -> dict[str, str]:
-    """Device, threads and versions."""
+    """Device, threads, commit and versions."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    found = {"device": device, "threads": str(torch.get_num_threads()), "python": platform.python_version()}
+    from elmd.stages.chain import git_state
+
+    cpu = re.search(r"model name\s*: (.*)", cpus.read_text()) if (cpus := Path("/proc/cpuinfo")).is_file() else None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu[1] if cpu else platform.machine()
+    git = git_state()
+    found = {"device": device, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    found["commit"] = f"{git['commit'][:7]}{' and changes' * git['dirty']}" if git else "unknown"
+    found["python"] = platform.python_version()
     for name in PACKAGES:
         try:
             found[name] = version(name)

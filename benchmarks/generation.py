@@ -98,9 +98,10 @@ class Asked(MadeUp):
             Encoded([*row.before[:INSTRUCTION], *stories[i // 4], *row.before[INSTRUCTION:]], 0, row.after, [])
             for i, row in enumerate(self.rows)
         ]
-        draw.shuffle(self.rows)
+        order = draw.sample(range(count), count)
+        self.rows = [self.rows[i] for i in order]
         self.lengths = [row.length for row in self.rows]
-        self.ends = torch.tensor([min(longest, one.target) for one in lengths])
+        self.ends = torch.tensor([min(longest, lengths[i].target) for i in order])
 
     @property
     def written(self) -> float:
@@ -128,7 +129,7 @@ def ours(llm: Any, asked: Asked, budget: int, seeds: Sequence[int] = ()) -> list
         )  # fmt: skip
         return [new[i : i + copies] for i in range(0, len(new), copies)]
 
-    found = over(asked, budget // copies, Accelerator(cpu=True), "", run)
+    found = over(asked, budget // copies, Accelerator(cpu=True), "", run, passes=most)  # as the product's `generate`
     return [ids for several in found for ids in several]
 
 

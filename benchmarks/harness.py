@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -150,11 +152,16 @@ def measure(case: Case, rounds: int) -> Measured:
 
 
 def _apart(one: Any, other: Any, what: str) -> float:
-    """How far two results are apart: tensors by norm; all else is equal or is an error."""
+    """How far two results are apart: numbers, tensors by norm; all else is equal or is an error."""
+    if isinstance(one, float):
+        one, other = (torch.tensor(x, dtype=torch.float64) for x in (one, other))
     if isinstance(one, Tensor) and one.is_floating_point():
         if one.shape != other.shape:
             raise Unequal(f"{what}: shapes {tuple(one.shape)} and {tuple(other.shape)}")
-        return ((one - other).norm() / other.norm().clamp_min(1e-30)).item()
+        apart = ((one - other).norm() / other.norm().clamp_min(1e-30)).item()
+        if not math.isfinite(apart):  # NaN would be larger than no tolerance
+            raise Unequal(f"{what}: values that are not finite")
+        return apart
     if isinstance(one, Mapping):
         if one.keys() != other.keys():
             raise Unequal(f"{what}: {sorted(one)} and {sorted(other)}")
@@ -164,8 +171,6 @@ def _apart(one: Any, other: Any, what: str) -> float:
         if len(one) != len(other):
             raise Unequal(f"{what}: {len(one)} and {len(other)} values")
         return max((_apart(a, b, what) for a, b in zip(one, other, strict=True)), default=0.0)
-    if isinstance(one, float):
-        return abs(one - other) / max(abs(other), 1e-30)
     equal = one.equal(other) if isinstance(one, Tensor) else one == other
     if not equal:
         raise Unequal(f"{what}: {one!r} and {other!r}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,10 +41,32 @@ def test_recall_is_held_against_double_precision() -> None:
 
 def test_what_an_index_does_not_find_lowers_recall(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = retrieval.clustered(220, 16)
+    cases = list(retrieval.compared(rows[:200], rows[200:], ""))
     monkeypatch.setattr(retrieval, "searched", lambda *_: retrieval.Neighbours(torch.full((20, 10), -1), None))
-    for case in retrieval.compared(rows[:200], rows[200:], ""):
+    for case in cases:
         recalls = {way.name: way.facts()["recall@10"] for way in case.ways}
         assert all((recall == 0) == name.startswith("FAISS") for name, recall in recalls.items())
+
+
+def test_an_exact_way_that_finds_others_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, search = retrieval.clustered(220, 16), retrieval.searched
+
+    def next_to_it(*asked: Any) -> Any:
+        found = search(*asked)
+        return found._replace(positions=(found.positions + 1) % 200)
+
+    monkeypatch.setattr(retrieval, "searched", next_to_it)
+    with pytest.raises(Unequal, match="FAISS, flat finds candidates that are less near"):
+        next(retrieval.compared(rows[:200], rows[200:], ""))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, torch.tensor([1.0, math.nan]), [torch.tensor(math.inf)]])
+def test_what_is_not_finite_equals_nothing(wrong: Any) -> None:
+    right = {float: 1.0, list: [torch.tensor(1.0)]}.get(type(wrong), torch.tensor([1.0, 2.0]))
+    for one, other in ((wrong, right), (right, wrong), (wrong, wrong)):
+        ways = [Way("elmd", lambda one=one: one), Way("other", lambda other=other: other)]
+        with pytest.raises(Unequal, match="not finite"):
+            measure(Case("", "", ways, tolerance=1.0), 1)
 
 
 def test_many_candidates_get_a_graph_with_fewer_links(monkeypatch: pytest.MonkeyPatch) -> None:
