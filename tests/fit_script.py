@@ -37,7 +37,7 @@ from elmd.training import checkpoint
 from elmd.training.loop import Plan, fit
 from elmd.training.tokens import TokenTask, token_loss
 
-BUDGET = 300  # tokens per batch
+BUDGET = int(os.getenv("BUDGET", "300"))  # tokens per batch
 
 
 class Messages(TorchDispatchMode):
@@ -121,7 +121,7 @@ with messages:
     samples = make_samples(24)
     visual = {s.id: torch.randn(3, 6, generator=torch.Generator().manual_seed(i)) for i, s in enumerate(samples)}
     prompt = Prompt("{task}\n", "{background}\n", "{speaker}：{text}\n", "{speaker}：{text}\n", "画面：{video}\n",
-                    "参考：{response}\n", "情感？", "回复？", "说？")  # fmt: skip
+                    "参考：{response}\n", "情感？", "回复？" * int(os.getenv("LONG", "1")), "说？")  # fmt: skip
     encoder = Encoder(tokenizer, prompt, 200, 40)
     demonstrations = make_demonstrations(samples)
     parts = [s for s in samples if s.split == "train"][:17], [s for s in samples if s.split != "train"]

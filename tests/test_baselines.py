@@ -18,7 +18,7 @@ from elmd.baselines.base import Baseline, Rows, TextBatch, Vocabulary, fit, gene
 from elmd.baselines.dialogpt import DialoGPT
 from elmd.baselines.livebot import Livebot, Shape
 from elmd.cli import compose
-from elmd.config import BaselineConfig
+from elmd.config import BaselineConfig, BootstrapText
 from elmd.data.features import index_of, read_shards, write_shard
 from elmd.data.samples import save_samples
 from elmd.errors import CheckpointError, ConfigError
@@ -405,6 +405,23 @@ def test_published_sizes_are_the_defaults() -> None:
     assert (gpt.layers, gpt.width, gpt.heads, gpt.lr, gpt.warmup, gpt.max_grad_norm) == (12, 768, 12, 2.6e-5, 0.1, 2.0)
     assert (live.layers, live.width, live.heads, live.ff) == (6, 512, 8, 2048)
     assert compose(["baseline=livebot"]).vision.frames == 5
+
+
+def test_a_permutation_counts_by_its_seed_and_only_where_there_is_one() -> None:
+    for name, choices in (("parts", []), ("baseline", ["baseline=livebot_tiny"])):
+        of = getattr(depends, name)
+        one, other = (compose([*SMALL, *choices, f"data.split_seed={seed}"]) for seed in (1, 2))
+        assert of(one) == of(other)
+        one.vision.shuffle = other.vision.shuffle = True
+        assert of(one) != of(other)
+
+
+def test_a_stand_in_of_data_counts_how_often_that_is_read() -> None:
+    cfg = compose(SMALL)
+    cfg.bootstrap.text = BootstrapText.data
+    before = depends.standin_llm(cfg)
+    cfg.bootstrap.dialogues += 1
+    assert depends.standin_llm(cfg) != before
 
 
 def test_a_baseline_depends_on_what_it_reads_and_no_more(tmp_path: Path) -> None:

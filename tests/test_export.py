@@ -37,7 +37,7 @@ from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm
 from elmd.models.projector import Projector
 from elmd.pack import load_pack, to_sample
-from elmd.pack_folder import file_facts
+from elmd.pack_folder import file_facts, named_base
 from elmd.stages import features as features_stage
 from elmd.stages import index as index_stage
 from elmd.stages.base import Job
@@ -370,6 +370,14 @@ def test_the_card_parses_back_with_its_scores(runs: Callable[[str], tuple[Path, 
         "**This folder holds data.**", "apache-2.0",
     ):  # fmt: skip
         assert said in card.text, said
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "THUDM" / "chatglm2-6b").mkdir(parents=True)
+    assert named_base({"hub": True, "model": "THUDM/chatglm2-6b"}) == "THUDM/chatglm2-6b"
+    assert named_base({"hub": True, "model": "/etc/passwd"}) is None
+    assert named_base({"hub": False, "model": "THUDM/chatglm2-6b"}) is None
 
 
 def test_the_card_names_base_models_of_the_hub(

@@ -250,6 +250,10 @@ def test_what_runs_without_gradient_counts_little(monkeypatch: pytest.MonkeyPatc
     assert not needs_checkpointing(GLM, [Shape(4, 256, 32, 192, 4 * 32)], **ask)
 
 
+def test_no_step_needs_no_memory() -> None:
+    assert not needs_checkpointing(GLM, set(), device=torch.device("cpu"), dtype=torch.float32, trainables=0)
+
+
 def test_free_memory_of_the_machine() -> None:
     assert 2**26 < free_memory(torch.device("cpu")) < 2**46
 

@@ -301,7 +301,6 @@ def test_reading_stops_at_the_last_keys_and_changes_nothing(
         module.register_forward_hook(seen)
 
     def step() -> tuple[Read, list[Tensor]]:
-        model._opening = None
         read = model.read(batch)
         assert type(read.past).update is read.past.update.__func__, "nothing is left behind"
         model.zero_grad()
@@ -351,8 +350,11 @@ def test_models_that_count_columns_get_no_holes(config: PretrainedConfig) -> Non
         batch=lambda at, split: collate([rows[i] for i in at], [visual[i] for i in at], split=split),
     )
     task = TokenTask(
-        model, {}, cast(Examples, data), Accelerator(cpu=True), batch_size=3, micro_tokens=400, seed=0, evaluate=dict
-    )
+        model, {}, cast(Examples, data), Accelerator(cpu=True), batch_size=3, micro_tokens=400, seed=0, evaluate=dict,
+        keep_prompts=True,
+    )  # fmt: skip
+    assert task.kept is None, "nothing runs without gradient that could be kept"
+    assert model._opening is None
     found = sum(loss.item() for loss, _ in task.losses([0, 1, 2], 0, 1))
     wanted = [slow_loss(model, row, one) for row, one in zip(rows, visual, strict=True)]
     assert found == pytest.approx(sum(wanted).item(), rel=1e-5)
@@ -386,7 +388,10 @@ def test_errors_while_reading_come_through(llm, encoder, monkeypatch: pytest.Mon
 
 
 def test_an_opening_is_run_once_and_changes_nothing(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = examples(encoder, "rep", samples=SEEN)
+    data, model = examples(encoder, "rep", samples=SEEN), build(llm, prefix=0)
+    batches = [data.batch(at, split=True) for at in ([0, 1, 2], [3, 4], [4, 2, 0])]
+    assert all(batch.shared is not None and len(batch.shared.firsts) == 1 for batch in batches)
+    wanted = [model.loss(batch) for batch in batches]
     fills: list[int] = []
     fill = Elmd._fill
 
@@ -395,37 +400,26 @@ def test_an_opening_is_run_once_and_changes_nothing(llm, encoder, monkeypatch: p
         fill(self, embeddings, *others)
 
     monkeypatch.setattr(Elmd, "_fill", counted)
-    once = build(llm, prefix=0)
-    instruction = len(encoder(SEEN[0], (), "rep", 0, with_target=False).before)
-    for number, at in enumerate(([0, 1, 2], [3, 4], [4, 2, 0])):
-        batch = data.batch(at, split=True)
-        assert batch.shared is not None
-        assert len(batch.shared.firsts) == 1
-        assert batch.shared.ids == tuple(data.rows[at[0]].before[: batch.shared.length])
-        fills.clear()
-        known = once.loss(batch)
-        spared = fills.copy()
-        once.zero_grad()
-        known.sum().backward()
-        anew = build(llm, prefix=0)
-        fills.clear()
-        fresh = anew.loss(batch)
-        assert len(spared) == (2 if number == 0 else 1), "the opening, and what follows it"
-        assert len(fills) == 2
-        assert sum(spared) <= sum(fills)
-        torch.testing.assert_close(known, fresh, rtol=1e-5, atol=1e-5)
-    assert 0 < len(once._opening.ids) <= instruction
+    TokenTask(model, {}, data, Accelerator(cpu=True), batch_size=4, micro_tokens=400, seed=0, evaluate=dict)
+    opening = model._opening
+    assert fills == [len(opening.ids)]
+    assert all(tuple(row.before[: len(opening.ids)]) == opening.ids for row in data.rows)
+    assert len({row.before[len(opening.ids)] for row in data.rows}) > 1, "and no longer"
+    fills.clear()
+    for batch, losses in zip(batches, wanted, strict=True):
+        torch.testing.assert_close(model.loss(batch), losses, rtol=1e-5, atol=1e-5)
+    assert len(fills) == len(batches), "only what follows the opening"
+    assert model._opening is opening
 
 
-def test_another_opening_is_run_anew(llm) -> None:
+def test_rows_that_begin_otherwise_do_without_the_opening(llm) -> None:
     model = build(llm, prefix=0)
-    for first, count in ((5, 20), (6, 20), (6, 24), (6, 20)):
-        rows = [Encoded([first] * count + [7 + i, 8 + i], 0, [9], [4, 2]) for i in range(3)]
-        batch = collate([replace(row, slots=3) for row in rows], [torch.randn(3, 6)] * 3, split=True)
-        losses = model.loss(batch)
-        wanted = [slow_loss(model, replace(row, slots=3), batch.visual[:3]) for row in rows]
-        assert losses.tolist() == pytest.approx([one.item() for one in wanted], rel=1e-4)
-        assert model._opening.ids[0] == first
+    model.open([5] * 20)
+    for first, count in ((5, 20), (6, 20), (5, 30), (5, 12)):
+        rows = [Encoded([first] * count + [7 + i, 8 + i], 3, [9], [4, 2]) for i in range(3)]
+        batch = collate(rows, [torch.randn(3, 6)] * 3, split=True)
+        wanted = [slow_loss(model, row, batch.visual[:3]) for row in rows]
+        assert model.loss(batch).tolist() == pytest.approx([one.item() for one in wanted], rel=1e-4)
 
 
 def test_kept_prompts_change_nothing_but_the_work(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,6 +433,7 @@ def test_kept_prompts_change_nothing_but_the_work(llm, encoder, monkeypatch: pyt
     monkeypatch.setattr(llm[0], "forward", watched)
     for keep in (False, True):
         model = build(llm, prefix=0)
+        tokens.append(0)
         task = TokenTask(
             model, {"projector": model.projector}, data, Accelerator(cpu=True), batch_size=4, micro_tokens=400,
             seed=0, evaluate=dict, keep_prompts=keep,
@@ -452,8 +447,10 @@ def test_kept_prompts_change_nothing_but_the_work(llm, encoder, monkeypatch: pyt
                     found[keep].append(loss.item())
         found[keep].append(model.projector.linear.weight.grad.norm().item())
     assert found[True] == pytest.approx(found[False], rel=1e-5)
-    assert tokens[2] == tokens[0]
-    assert tokens[3] < 0.75 * tokens[1], "in the second epoch only what follows the first visual token is run"
+    (opening, first, second), (_, kept_first, kept_second) = tokens[:3], tokens[3:]
+    assert opening > 0
+    assert kept_first == first
+    assert kept_second < 0.75 * second, "in the second epoch only what follows the first visual token is run"
 
 
 @pytest.mark.parametrize(("name", "prefix", "world"), [("rep", 0, 1), ("eerg", 4, 2)])

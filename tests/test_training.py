@@ -67,6 +67,21 @@ def test_resume_is_exact(llm_folder: Path, whole: Path, tmp_path: Path, stop: st
     assert lines(tmp_path) == lines(whole)
 
 
+@pytest.mark.slow
+def test_resume_is_exact_where_prompts_begin_alike(
+    llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """REP's split, with an instruction long enough to be run once for all batches."""
+    for name, value in {"ADAPTER": "none", "LONG": "12", "BUDGET": "1200"}.items():
+        monkeypatch.setenv(name, value)
+    assert train(llm_folder, tmp_path / "whole", 12) == 0
+    assert train(llm_folder, tmp_path / "stopped", 12, "1", "kill=step:8") == -9
+    assert train(llm_folder, tmp_path / "stopped", 12) == 0
+    for name in ("model", "optimizer"):
+        last = f"checkpoints/step-00000012/{name}.safetensors"
+        assert (tmp_path / "stopped" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
 def test_the_loop_leaves_what_it_promises(whole: Path) -> None:
     assert {p.name for p in whole.iterdir()} == {
         BEST,

@@ -12,9 +12,14 @@ from elmd.errors import CheckpointError, reason
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
+def is_hub_name(path: str | PathLike[str]) -> bool:
+    """Whether a path has the form of a hub id: `owner/name`."""
+    return _ID.fullmatch(str(path)) is not None
+
+
 def is_hub_id(path: str | PathLike[str]) -> bool:
-    """Whether a checkpoint's path is that of a hub repository: `owner/name`, and nothing local is called so."""
-    return _ID.fullmatch(str(path)) is not None and not Path(path).exists()
+    """Whether a checkpoint's path is that of a hub repository: it has the form, and nothing local is called so."""
+    return is_hub_name(path) and not Path(path).exists()
 
 
 def snapshot(name: str, patterns: Sequence[str], fix: str) -> Path:

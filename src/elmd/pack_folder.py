@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from elmd.errors import CheckpointError, ConfigError, reason
-from elmd.hub import is_hub_id, snapshot
+from elmd.hub import is_hub_id, is_hub_name, snapshot
 from elmd.models import ADAPTER, PROJECTOR
 from elmd.training.artifacts import digest
 
@@ -208,4 +208,4 @@ def check_base(role: str, path: str) -> None:
 
 def named_base(base: Mapping[str, Any]) -> str | None:
     """The checkpoint that the pack itself names, where others can have it too."""
-    return base["model"] if base["hub"] and is_hub_id(base["model"]) else None
+    return base["model"] if base["hub"] and is_hub_name(base["model"]) else None

@@ -22,7 +22,7 @@ from elmd.hub import is_hub_id
 from elmd.labels import WORDS
 from elmd.models.adapter import prefix_shape
 from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
-from elmd.models.llm import pick_dtype
+from elmd.models.dtypes import pick_dtype
 from elmd.stages.parts import encoder_of, shortest_prompt
 
 #: Files smaller than this (bytes) hold no weights: what git leaves where large files were not fetched.

@@ -45,7 +45,7 @@ INCIDENTAL = (
     "data.path", "data.video_root", "baseline.name", "ablation_name", "llm.checkpointing", "llm.attention",
     "vision.workers", "vision.timeout_s", "vision.batch_frames", "rep.micro_tokens", "eerg.micro_tokens",
     "baseline.micro_tokens", "erm.checkpoint_every", "rep.checkpoint_every", "eerg.checkpoint_every",
-    "baseline.checkpoint_every", "generate.batch_tokens",
+    "baseline.checkpoint_every", "generate.batch_tokens", "rep.keep_prompts",
 )  # fmt: skip
 
 #: Longest value spelt out in a system's name; a longer one (a prompt's text) is told apart by its digest.
@@ -365,14 +365,16 @@ def _labels(jobs: Sequence[Job]) -> dict[tuple[str, str], list[str]]:
 
 
 def _varied(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Dotted keys in which configurations differ and that say what the system is.
+    """Dotted keys in which configurations differ and that say what the system is; not those younger than one of them.
 
     Where a group's name differs (llm=…), the rest of the group follows from it and stays unsaid.
     """
     flat = [_flat(config) for config in configs]
     keys = dict.fromkeys(key for one in flat for key in one)
     differ = [
-        key for key in keys if not _incidental(key) and len({json.dumps(one.get(key), default=str) for one in flat}) > 1
+        key
+        for key in keys
+        if not _incidental(key) and len({json.dumps(one[key], default=str) for one in flat if key in one}) > 1
     ]
     groups = {key.removesuffix("name") for key in differ if key.endswith(".name")}
     return [key for key in differ if key.endswith(".name") or not key.startswith(tuple(groups))]

@@ -124,6 +124,11 @@ class Lora(nn.Module):
         """Write the updates in PEFT's adapter format (safetensors)."""
         self.peft.save_pretrained(str(folder), safe_serialization=True)
 
+    @property
+    def rank(self) -> int:
+        rank: int = self.peft.active_peft_config.r
+        return rank
+
     def cache(self, rows: int) -> None:
         """No virtual tokens."""
 

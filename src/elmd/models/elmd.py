@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,11 +47,11 @@ class Opening(NamedTuple):
     ids: tuple[int, ...]
     layers: list[tuple[Tensor, Tensor]]
 
-    def cache(self, rows: int, length: int) -> DynamicCache:
-        """Its first tokens, as if so many rows had begun with them."""
+    def cache(self, rows: int) -> DynamicCache:
+        """As if so many rows had begun with it."""
         past = DynamicCache()
         for number, layer in enumerate(self.layers):
-            keys, values = (x[:, :, :length].expand(rows, -1, -1, -1) for x in layer)
+            keys, values = (x.expand(rows, -1, -1, -1) for x in layer)
             past.update(keys, values, number)
         return past
 
@@ -78,7 +77,7 @@ class Elmd(nn.Module):
         super().__init__()
         self.llm, self.projector, self.adapter, self.checkpointing = llm, projector, adapter, checkpointing
         self.bears_holes = bears_holes(llm)
-        self._opening: Opening | None = None  # the last one; without an adapter it is the same in every step
+        self._opening: Opening | None = None
         hidden = llm.get_input_embeddings().embedding_dim
         if projector is not None and projector.linear.out_features != hidden:
             raise CheckpointError(
@@ -209,11 +208,12 @@ class Elmd(nn.Module):
             chosen = torch.where(running, choose(logits, step, rows), eos)
             new[rows, step] = chosen
             running = chosen != eos
-            if step + 1 == max_new_tokens or not anywhere(running, self.llm):
+            left = int(running.sum())
+            if step + 1 == max_new_tokens or not anywhere(left, self.llm):
                 break
             # Leaving costs a copy of the cache, so the ended rows leave when they are half of all.
-            if 2 * int(running.sum()) <= len(rows):
-                stay = running.nonzero().squeeze(1) if running.any() else running.new_zeros(1, dtype=torch.long)
+            if 2 * left <= len(rows):
+                stay = running.nonzero().squeeze(1) if left else running.new_zeros(1, dtype=torch.long)
                 cache.batch_select_indices(stay)
                 rows, mask, position, chosen, running = (x[stay] for x in (rows, mask, position, chosen, running))
             mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
@@ -230,6 +230,20 @@ class Elmd(nn.Module):
             )
         ids = new.tolist()
         return [row[: row.index(eos)] if eos in row else row for row in ids]
+
+    @torch.no_grad()
+    def open(self, ids: Sequence[int]) -> None:
+        """Run what all prompts begin with once for all batches; of a model without adapter, where it stays the same.
+
+        It is asked for, and not taken from the first batch, so that a training that was resumed computes the same.
+        """
+        if not ids or is_sharded(self.llm) or not self.bears_holes:
+            return
+        past, row = DynamicCache(), torch.tensor([list(ids)], device=self.llm.device)
+        positions = torch.arange(len(ids), device=row.device)[None]
+        self._fill(self.llm.get_input_embeddings()(row), torch.ones_like(row, dtype=torch.bool), positions, past)
+        held: Any = past.layers
+        self._opening = Opening(tuple(ids), [(layer.keys, layer.values) for layer in held])
 
     @torch.no_grad()
     def read(self, batch: Batch) -> Read:
@@ -252,7 +266,6 @@ class Elmd(nn.Module):
     def _begin(self, batch: Batch, embeddings: Tensor) -> tuple[int, Read]:
         """What several rows begin with is run once, where the model bears the holes that this leaves in them.
 
-        Without an adapter, what all rows begin with is run once for good: all prompts begin with the same instruction.
         Nothing is shared where ranks share the model out: those must run it equally often.
 
         Args:
@@ -273,21 +286,20 @@ class Elmd(nn.Module):
 
     def _open(self, batch: Batch, embeddings: Tensor, shared: Beginning) -> tuple[int, DynamicCache]:
         """How many tokens the cache holds of what rows begin with, and the cache, a row for each."""
-        rows, once = len(embeddings), self.adapter is None and len(shared.firsts) == 1
-        if once and self._opening is not None:
-            pairs = zip(self._opening.ids, shared.ids, strict=False)
-            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            # Batches rarely agree to the last token: what they lack is run in each row, if that is less than all anew.
-            if rows * (shared.length - same) <= shared.length:
-                return same, self._opening.cache(rows, same)
+        rows, known = len(embeddings), self._opening
+        if (
+            known is not None
+            and len(shared.firsts) == 1
+            and shared.ids[: len(known.ids)] == known.ids
+            # What a batch has in common beyond it is run in each row, if that is less than to run all of it anew.
+            and rows * (shared.length - len(known.ids)) <= shared.length
+        ):
+            return len(known.ids), known.cache(rows)
         past = self._virtual(len(shared.firsts)) or DynamicCache()
         positions = torch.arange(shared.length, device=embeddings.device).expand(len(shared.firsts), -1)
         columns = batch.mask[shared.firsts].int().argmax(1, keepdim=True) + positions
         begin = embeddings[shared.firsts[:, None], columns]
         self._fill(begin, torch.ones_like(positions, dtype=torch.bool), positions, past)
-        if once:
-            held: Any = past.layers
-            self._opening = Opening(shared.ids, [(layer.keys, layer.values) for layer in held])
         past.batch_select_indices(shared.which)
         return shared.length, past
 

@@ -56,7 +56,7 @@ def over(
     """`function(batch, positions)` for every sample once; one result per sample, in order, on every rank.
 
     Args:
-        budget: tokens per batch, padding included. The longest run first, so too large a budget shows at once.
+        budget: tokens per batch, padding included, new ones not. The longest run first.
         passes: of the language model that a batch takes: one and, when generating, another for each new token.
     """
     order = sorted(range(len(examples)), key=lambda i: (-examples.lengths[i], i))

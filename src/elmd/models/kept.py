@@ -40,10 +40,10 @@ class KeptPrompts:
             return self._recall(batch, [self.rows[i] for i in positions])
         read = model.read(batch)
         held: Any = read.past.layers
-        layers = [torch.stack([layer.keys, layer.values]) for layer in held]  # each [2, B, g, columns, d]
+        # [layers, 2, B, g, columns, d]
+        whole = torch.stack([torch.stack([layer.keys, layer.values]) for layer in held])
         for row, i in enumerate(positions):
-            real = read.mask[row]
-            self.rows[i] = torch.stack([layer[:, row][:, :, real] for layer in layers]).cpu()
+            self.rows[i] = whole[:, :, row, :, read.mask[row]].cpu()
         return read
 
     def _recall(self, batch: Batch, rows: Sequence[Tensor]) -> Read:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from elmd.errors import CheckpointError, reason
 from elmd.log import logger
 from elmd.models.attention import group_on_cpu
+from elmd.models.dtypes import pick_dtype
 
 
 def load_llm(
@@ -104,31 +105,13 @@ def freeze(model: Any) -> Any:
 def bears_holes(llm: PreTrainedModel) -> bool:
     """Whether padding may stand in the middle of a row.
 
-    Not where the model goes by columns instead of positions: it takes no positions, or a layer looks back at so many
-    columns only, which a hole would be counted among.
+    Not where the model goes by columns instead of positions: it takes no positions, a layer looks back at so many
+    columns only, which a hole would be counted among, or a layer is no attention at all.
     """
     if "position_ids" not in inspect.signature(type(llm).forward).parameters:
         return False
     text = llm.config.get_text_config(decoder=True)
     if kinds := getattr(text, "layer_types", None):
-        return not any("sliding" in kind or "chunked" in kind for kind in kinds)
+        return all(kind == "full_attention" for kind in kinds)
     windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
     return not (any(windows) and getattr(text, "use_sliding_window", True))
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a name; `auto` is bfloat16 on a GPU and float32 on CPU.
-
-    Raises:
-        CheckpointError: no floating dtype has that name.
-    """
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise CheckpointError(
-            f"{name!r} is no floating dtype",
-            where="llm.dtype or vision.dtype",
-            fix="use auto, float32, bfloat16 or float16",
-        )
-    return dtype

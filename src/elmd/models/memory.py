@@ -145,6 +145,8 @@ def needs_checkpointing(
             thousands was found so, or one within 0.3 % of it.
         others: as in `step_memory`.
     """
+    if not shapes:
+        return False  # no step is to be made
     sizes: tuple[Callable[[Shape], int], ...] = (
         lambda one: one.rows * (one.length - one.free),
         lambda one: one.rows * one.length,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
@@ -99,11 +99,10 @@ def is_sharded(llm: nn.Module) -> bool:
     return isinstance(llm, FSDPModule)
 
 
-def anywhere(flag: Tensor, llm: nn.Module) -> bool:
-    """Whether any element of `flag` is true, on any rank where `llm` is sharded, else on this one."""
-    found = flag.any()
-    if is_sharded(llm):
-        number = found.int()
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return bool(number.item())
-    return bool(found)
+def anywhere(count: int, llm: PreTrainedModel) -> bool:
+    """Whether there is any, on any rank where `llm` is sharded, else on this one."""
+    if not is_sharded(llm):
+        return count > 0
+    number = torch.tensor(count, device=llm.device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return bool(number.item())

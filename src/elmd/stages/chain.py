@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,16 @@ from elmd.training.artifacts import Store, digest, read_manifest, write_json
 T = TypeVar("T")
 
 #: Libraries whose versions a manifest records.
-LIBRARIES = ("torch", "transformers", "peft", "sentence-transformers", "accelerate", "safetensors", "numpy")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "sentence-transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "faiss-cpu",
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Chain:
         """Run what the command line's `stage=` names: one stage, all stand-ins, or the whole chain."""
         if name is StageName.all:
             names = list(self.order(self.last))
-            self._first(self._preflight)
+            self._first(lambda: self._preflight(names))
         elif name is StageName.bootstrap:
             names = [n for n in self.order(self.last) if n.startswith("bootstrap/")]
             if not names:
@@ -95,12 +104,13 @@ class Chain:
         for one in names:
             self.run_one(one)
 
-    def _preflight(self) -> None:
+    def _preflight(self, names: Sequence[str]) -> None:
         """Find early what would stop the last training, unless there is nothing left to train."""
-        if self.last == "eerg" and (self.cfg.force or not self.store.finished("eerg", self.node("eerg").fingerprint)):
+        todo = [n for n in names if self.cfg.force or not self.store.finished(n, self.node(n).fingerprint)]
+        if "eerg" in todo:
             from elmd.stages.parts import check_parts
 
-            check_parts(self.cfg, self.accelerator)
+            check_parts(self.cfg, self.accelerator, todo)
 
     def run_one(self, name: str) -> Path:
         """Make a stage's result, or find it made already; prints `artifact: PATH`.

@@ -110,7 +110,8 @@ def standin_text(cfg: Config) -> Depends:
 
 
 def standin_llm(cfg: Config) -> Depends:
-    boot = {key: value for key, value in plain(cfg.bootstrap).items() if key.startswith("llm_") or key == "vocab_size"}
+    others = ("vocab_size", "dialogues")  # data is read so often that there are as many dialogues as are made else
+    boot = {key: value for key, value in plain(cfg.bootstrap).items() if key.startswith("llm_") or key in others}
     return standin_text(cfg) | Depends(config={**boot, "prompt": plain(cfg.prompt)})
 
 
@@ -137,7 +138,8 @@ def erm(cfg: Config) -> Depends:
 
 
 def index(cfg: Config) -> Depends:
-    # How many candidates there are, and so what auto comes to, is known by prepare; a choice counts by itself.
+    # How many candidates there are is known by prepare; beyond that, what auto comes to is a matter of what is
+    # installed, so the manifest tells it. A choice counts by itself.
     chosen = {} if cfg.retriever.search is Search.auto else {"search": cfg.retriever.search.value}
     return Depends(
         config={
@@ -211,9 +213,14 @@ def parts(cfg: Config) -> Depends:
     config: dict[str, Any] = {
         "prompt": plain(cfg.prompt),
         "llm": {"dtype": cfg.llm.dtype, "attention": cfg.llm.attention},
-        "shuffle": cfg.vision.shuffle and cfg.sees_video,
+        "shuffle": _shuffle(cfg),
     }
     return Depends(config=config, upstream=tuple(upstream)) | checkpoint(cfg.llm.path, "llm")
+
+
+def _shuffle(cfg: Config) -> int | bool:
+    """The seed by which clips are permuted among samples; False where they are not."""
+    return cfg.data.split_seed if cfg.vision.shuffle and cfg.sees_video else False
 
 
 def baseline(cfg: Config) -> Depends:
@@ -243,7 +250,7 @@ def baseline_rows(cfg: Config) -> Depends:
         )
     if not baseline_sees_video(cfg):
         return Depends(upstream=("prepare",))
-    video = {"frames": frame_rows(cfg), "shuffle": cfg.vision.shuffle}
+    video = {"frames": frame_rows(cfg), "shuffle": _shuffle(cfg)}
     return Depends(config={"video": video}, upstream=("prepare", "features"))
 
 

@@ -29,7 +29,7 @@ from elmd.data.samples import load_samples
 from elmd.data.video import decode_clips, frame_files
 from elmd.errors import CheckpointError, ClipError, ConfigError, DataError
 from elmd.log import logger, progress, table
-from elmd.models.llm import pick_dtype
+from elmd.models.dtypes import pick_dtype
 from elmd.models.vision import FrameEncoder, VisionEncoder, pool
 from elmd.stages.base import Job, Outcome, checkpoint_path
 from elmd.stages.depends import vision_weights

@@ -56,6 +56,7 @@ def run(cfg: Config, job: Job) -> Outcome:
             )  # fmt: skip
     counts: dict[str, Any] = {split: len(some) for split, some in by_split.items()} | {
         "candidates": len(candidates),
+        "search": "faiss" if nearly else "exact",
         "demonstrations": sum(map(len, found.values())),
     }
     table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from elmd.errors import ArtifactError, CheckpointError, ConfigError
 from elmd.labels import EMOTIONS, WORDS, Emotion
 from elmd.log import logger
 from elmd.models.adapter import Lora
+from elmd.models.dtypes import pick_dtype
 from elmd.models.elmd import Elmd
-from elmd.models.llm import load_llm, open_llm, pick_dtype
+from elmd.models.llm import load_llm, open_llm
 from elmd.models.memory import needs_checkpointing
 from elmd.models.projector import Projector
 from elmd.models.sharding import shard, sharding
@@ -89,7 +90,7 @@ class Parts:
             dtype=self.llm.dtype,
             trainables=sum(p.numel() for p in model.parameters() if p.requires_grad),
             virtual=0 if model.adapter is None else model.adapter.length,
-            lora_rank=cfg.eerg.lora_rank if isinstance(model.adapter, Lora) else 0,
+            lora_rank=model.adapter.rank if isinstance(model.adapter, Lora) else 0,
         )
         if needed:
             logger.info("activation checkpointing is on: the activations of a micro-batch would not fit")
@@ -130,17 +131,20 @@ def load_parts(cfg: Config, job: Job) -> Parts:
     return Parts(samples, demonstrations, features, width, llm, encoder_of(tokenizer, cfg.prompt))
 
 
-def check_parts(cfg: Config, accelerator: Accelerator) -> None:
+def check_parts(cfg: Config, accelerator: Accelerator, todo: Collection[str]) -> None:
     """What can be known of REP's and EERG's parts before hours go into the stages before them; reads no weights.
+
+    Args:
+        todo: the stages that will run.
 
     Raises:
         CheckpointError: the language model, its tokenizer or a given projector cannot be used.
         ConfigError: the prompt has no room for the instruction, FAISS is asked for and not installed, or see
             `check_kept`.
     """
-    if cfg.retrieves and cfg.retriever.search is Search.faiss:
+    if "index" in todo and cfg.retriever.search is Search.faiss:
         load_faiss()
-    if cfg.sees_video:
+    if "rep" in todo:
         check_kept(cfg, accelerator)
         if cfg.rep.projector_from:
             Projector.load(Path(cfg.rep.projector_from))

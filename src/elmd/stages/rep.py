@@ -50,10 +50,6 @@ def run(cfg: Config, job: Job) -> Outcome:
         scores = _scores(model, parts, selection, cfg, job)
         return {key: scores[key] for key in ("accuracy", "weighted_f1")}
 
-    free = sum(len(row.before) for row in train.rows)
-    if cfg.rep.keep_prompts:
-        size = kept_bytes(parts.llm, free) / 1e9
-        logger.info("prompts are kept: up to %.1f GB of main memory in each process, for %d tokens", size, free)
     steps = cfg.rep.epochs * math.ceil(len(train) / cfg.rep.batch_size)
     assert model.projector is not None
     task = TokenTask(
@@ -67,6 +63,12 @@ def run(cfg: Config, job: Job) -> Outcome:
         evaluate=evaluate,
         keep_prompts=cfg.rep.keep_prompts,
     )
+    free = sum(task.before or ())
+    if task.kept is not None:
+        size = kept_bytes(parts.llm, free) / 1e9
+        logger.info("prompts are kept: up to %.1f GB of main memory in each process, for %d tokens", size, free)
+    if not model.bears_holes:
+        logger.warning("this language model counts columns, so all tokens run with gradient (no causal split)")
     model.checkpointing = parts.checkpointing(cfg, task, steps)
     plan = Plan(
         rates={"projector": cfg.rep.lr},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, count, islice
+from itertools import chain, count, islice, takewhile
 from typing import Any, Protocol
 
 import torch
@@ -107,7 +107,9 @@ class TokenTask(PackedTask):
     Not in a language model that bears no holes in the middle of a row: there all tokens run with gradient.
 
     Args:
-        keep_prompts: run those tokens in the first epoch only, and keep their keys and values.
+        keep_prompts: run those tokens once only, and keep their keys and values: one process runs them in the first
+            epoch; of several, each must meet a sample itself, and batches are dealt to them anew in each epoch. A
+            training that is resumed has nothing kept, so it equals one that ran through up to rounding only.
     """
 
     model: Elmd
@@ -128,8 +130,11 @@ class TokenTask(PackedTask):
             before = [len(row.before) for row in examples.rows]
             # What runs with gradient costs twice as much as what does not, and is what is kept.
             after = [length - head for length, head in zip(examples.lengths, before, strict=True)]
+            prompts = [row.before for row in examples.rows]
+            pairs = zip(min(prompts), max(prompts), strict=False)  # what the first and the last share, all between do
+            model.open([one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)])
         super().__init__(model, modules, examples, accelerator, before=before, by=after, **how)
-        self.kept = KeptPrompts() if keep_prompts else None
+        self.kept = KeptPrompts() if keep_prompts and before is not None else None
 
     def micro_batch(self, positions: Sequence[int]) -> Any:
         return self.examples.batch(positions, split=self.before is not None)
