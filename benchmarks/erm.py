@@ -6,6 +6,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.losses import BatchAllTripletLoss, MultipleNegativesRankingLoss
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PrinterCallback, TrainerCallback
 
@@ -21,7 +22,7 @@ from benchmarks.encode import about, drawn_texts, retriever
 from benchmarks.harness import Case, Way
 from elmd.config import ErmConfig
 from elmd.labels import EMOTIONS
-from elmd.losses import emotion_loss, separation_loss
+from elmd.losses import emotion_loss, retriever_loss, separation_loss
 from elmd.stages.erm import Erm
 from elmd.types import Sample, Utterance
 
@@ -33,7 +34,8 @@ def cases(small: bool) -> Iterator[Case]:
     samples = made_up(size * steps)
     yield losses(*(6, 16, 2) if small else (ERM.batch_size, 768, ERM.slots))
     yield encoding(retriever(width, layers, dropout=0.0), samples, size)
-    yield step(retriever(width, layers, dropout=0.1), retriever(width, layers, dropout=0.1), samples, size, steps)
+    # No dropout: its draws would differ from way to way.
+    yield step(retriever(width, layers, dropout=0.0), retriever(width, layers, dropout=0.0), samples, size, steps)
 
 
 def made_up(count: int) -> list[Sample]:
@@ -86,8 +88,7 @@ def encoding(model: SentenceTransformer, samples: Sequence[Sample], size: int) -
 
     def gradients(loss: Tensor) -> list[Tensor]:
         loss.backward()
-        # In one vector: those of the keys' biases are zero but for rounding.
-        found = [loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])]
+        found = [loss.detach(), gradient(model)]
         model.zero_grad(set_to_none=True)
         return found
 
@@ -116,6 +117,11 @@ def encoding(model: SentenceTransformer, samples: Sequence[Sample], size: int) -
     )
 
 
+def gradient(model: nn.Module) -> Tensor:
+    """All gradients, in one vector: those of the keys' biases alone are zero but for rounding."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
 def _padded(model: SentenceTransformer, texts: Sequence[str]) -> int:
     return model.preprocess(list(texts))["attention_mask"].numel()
 
@@ -128,47 +134,83 @@ def _of(model: SentenceTransformer) -> str:
 def step(
     mine: SentenceTransformer, theirs: SentenceTransformer, samples: Sequence[Sample], size: int, steps: int
 ) -> Case:
-    """Encoder, losses, backward, clipping and optimizer, over the same batches."""
+    """Encoder, losses, backward, clipping and optimizer, over the same batches, from the same weights."""
     task = task_of(mine, samples, size)
     batches = task.batches(0)[:steps]
     trained = [p for module in task.modules.values() for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=ERM.lr, weight_decay=ERM.weight_decay)
-    # Their trainer gets the encoder alone, so it does less: it has no slots, and one loss instead of two.
-    encoder = SentenceTransformer(modules=list(theirs.children())[:2], device="cpu")
+    # At rate 0 a step does all its work, and every run starts from the same weights.
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=ERM.weight_decay)
 
-    def ours() -> None:
-        for batch in batches:  # what elmd.training.loop.fit does between two log lines
-            for loss, _ in task.losses(batch, 0, 1):
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, ERM.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def ours() -> dict[str, Tensor]:
+        losses, gradients = [], torch.zeros(())
+        with frozen():
+            for batch in batches:  # what elmd.training.loop.fit does between two log lines
+                for loss, _ in task.losses(batch, 0, 1):
+                    loss.backward()
+                    losses.append(loss.detach())
+                torch.nn.utils.clip_grad_norm_(trained, ERM.max_grad_norm)
+                gradients = gradients + gradient(mine)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return {"losses": torch.stack(losses), "gradients": gradients}
 
     texts, labels = [task.texts[i] for batch in batches for i in batch], [task.labels[i] for b in batches for i in b]
-    triplets = Trained(encoder, {"sentence": texts, "label": labels}, BatchAllTripletLoss(encoder), batches)
+    columns: dict[str, list[Any]] = {"sentence": texts, "label": labels}
+    # The library's own losses get the encoder alone, so they do less: no slots, and one loss instead of two.
+    encoder = SentenceTransformer(modules=list(theirs.children())[:2], device="cpu")
     pairs = [pair for batch in batches for pair in positives(batch, task.labels)]
+    eq4 = Trained(theirs, columns, Eq4(theirs), batches)
+    triplets = Trained(encoder, columns, BatchAllTripletLoss(encoder), batches)
     infonce = Trained(
         encoder,
         {"anchor": [task.texts[i] for i, _ in pairs], "positive": [task.texts[i] for _, i in pairs]},
         MultipleNegativesRankingLoss(encoder),
         [positives(batch, task.labels) for batch in batches],
     )
+    name = "sentence-transformers' trainer"
     return Case(
         "A training step of ERM",
-        f"{_of(mine)}, {len(batches)} batches of up to {size}: {about(texts)}",
+        f"{_of(mine)}, without dropout; {len(batches)} batches of up to {size}: {about(texts)}",
         [
             Way("elmd", ours),
-            Way("sentence-transformers' trainer, BatchAllTripletLoss", triplets.run, triplets.facts, triplets.before),
-            Way("the same, MultipleNegativesRankingLoss", infonce.run, infonce.facts, infonce.before),
+            Way(f"{name}, eq. 4", eq4.run, eq4.facts, eq4.before),
+            Way(f"{name}, BatchAllTripletLoss", triplets.run, triplets.facts, triplets.before, same=False),
+            Way(f"{name}, MultipleNegativesRankingLoss", infonce.run, infonce.facts, infonce.before, same=False),
         ],
-        tolerance=None,
         per=len(batches),
         unit="steps",
-        note="The library has no supervised contrastive loss with all positives of an anchor in one softmax, so the "
-        "losses differ: triplets of all positives and negatives, and InfoNCE with one positive for each anchor, for "
-        "which the batch's texts are paired by emotion (an odd one of an emotion is left out). The trainer has the "
-        "encoder alone; elmd's step includes self-separation and its loss.",
+        note="Compared are each step's loss and the sum of the clipped gradients. The library has no supervised "
+        "contrastive loss with all positives of an anchor in one softmax, so its trainer is handed eq. 4 as a loss of "
+        "one's own, over the whole model. The two last ways are losses that it has; they compute something else, so "
+        "their results are not compared: triplets of all positives and negatives, and InfoNCE with one positive for "
+        "each anchor, for which the batch's texts are paired by emotion (an odd one of an emotion is left out). They "
+        "train the encoder alone, without self-separation and its loss.",
     )
+
+
+class Eq4(nn.Module):
+    """Eq. 4 as a loss for sentence-transformers' trainer, which asks for the attribute `model` and for `forward`."""
+
+    def __init__(self, model: SentenceTransformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, sentence_features: Sequence[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """Of a batch's one column of texts; labels [B]."""
+        (features,) = sentence_features
+        found = self.model(features)
+        slots = found["sentence_embedding"].unflatten(1, (ERM.slots, -1))
+        return retriever_loss(found["e_u"], slots, labels, ERM.temperature).total
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """What there is stays: a trainer collects garbage once as it begins, half a second with all that is imported."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def positives(batch: Sequence[int], labels: Sequence[int]) -> list[tuple[int, int]]:
@@ -204,20 +246,25 @@ class Trained:
         with tempfile.TemporaryDirectory() as folder:
             arguments = SentenceTransformerTrainingArguments(
                 folder, max_steps=self.steps, per_device_train_batch_size=len(rows[0]), batch_sampler=Given,
-                learning_rate=ERM.lr, weight_decay=ERM.weight_decay, max_grad_norm=ERM.max_grad_norm, use_cpu=True,
+                learning_rate=0.0, weight_decay=ERM.weight_decay, max_grad_norm=ERM.max_grad_norm, use_cpu=True,
                 save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
             )  # fmt: skip
         self.trainer = SentenceTransformerTrainer(
             self.model, arguments, train_dataset=self.data, loss=self.loss, callbacks=[self.clock]
         )
         self.trainer.remove_callback(PrinterCallback)
-        gc.freeze()  # train() collects garbage once, half a second with all that is imported; not a step's cost
 
-    def run(self) -> None:
-        self.clock.inside, started = 0.0, time.perf_counter()
-        self.trainer.train()
+    def run(self) -> dict[str, Tensor]:
+        """Each step's loss, and the sum of the gradients."""
+        losses: list[Tensor] = []
+        hook = self.loss.register_forward_hook(lambda module, inputs, loss: losses.append(loss.detach()))
+        self.clock.inside, self.clock.gradients, started = 0.0, torch.zeros(()), time.perf_counter()
+        with frozen():
+            self.trainer.train()
         self.clock.whole = time.perf_counter() - started
+        hook.remove()
         assert self.trainer.state.global_step == self.steps
+        return {"losses": torch.stack(losses), "gradients": self.clock.gradients}
 
     def facts(self) -> Mapping[str, float]:
         """How much of the last run was not in its steps: tokenising and padding, and what a training begins with."""
@@ -225,12 +272,15 @@ class Trained:
 
 
 class Clock(TrainerCallback):
-    """Seconds between the beginning and the end of each step."""
+    """Seconds between the beginning and the end of each step, and the sum of the gradients."""
 
-    inside, whole, started = 0.0, 0.0, 0.0
+    inside, whole, started, gradients = 0.0, 0.0, 0.0, torch.zeros(())
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.started = time.perf_counter()
+
+    def on_pre_optimizer_step(self, *_: Any, **others: Any) -> None:
+        self.gradients = self.gradients + gradient(others["model"])
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.inside += time.perf_counter() - self.started

@@ -15,15 +15,20 @@ p-tuning              ChatGLM2's own defaults: one sample at a time, 16 accumula
                       data, checkpointing, all logits. Emulated by ELMD's forward, as the original's code runs only
                       on old versions and transformers' own checkpointing loses the prefix
 
-Vision features are cached by training, so steps take them as given, and frames per second stand apart.
+On a CPU ELMD's ways keep keys and values grouped, all others have transformers' own attention. Vision features are
+cached by training, so steps take them as given, and frames per second stand apart; what a step of p-tuning takes where
+it encodes its clips itself is told as the sum of both. A way that does not fit into the device's memory says so.
 
 `--part` chooses what is measured: `steps` is this table; `grid` an EERG step at 256, 512 and 1024 tokens a sample, with
-micro-batches of 2 048 to 16 384 tokens, with and without checkpointing; `decode` a token for 1, 16, 64 and 128 rows,
-held against reading weights, keys and values once from the device's memory; `epochs` one epoch of REP and of EERG over
-6 071 samples and replies to 758 (on a CPU a few), from the first batch to the last; `profile` where the device's time
-goes in ELMD's steps; `peers` EERG beside peft, p-tuning and HF's `Trainer` with `group_by_length`, with visual tokens,
-and beside TRL's `SFTTrainer`, which takes text alone. A trainer draws its own batches, so `peers` times runs over all
-samples in turn, and compares sums over a run; of so few samples `group_by_length` sorts all.
+micro-batches of 2 048 to 16 384 tokens, with and without checkpointing, of 16 samples or as many as fill a micro-batch;
+`decode` a token for 1, 16, 64 and 128 rows, held against reading weights, keys and values once from the device's
+memory; `epochs` one epoch of REP and of EERG over 6 071 samples and replies to 758 (on a CPU a few), from the first
+batch to the last, the features of all clips as reckoned from frames per second, and the sum; `profile` where the
+device's time goes in ELMD's steps; `peers` EERG beside peft, p-tuning and HF's `Trainer` with `group_by_length`, with
+visual tokens, and on text alone TRL's `SFTTrainer` beside all of these: it splices no visual tokens in, and runs with
+gradient_checkpointing=False, not its default, as checkpointing loses the prefix. A trainer draws its own batches, so
+`peers` times runs over all samples in turn, and compares sums over a run; of so few samples `group_by_length` sorts
+all.
 
 First all ways are shown to give one loss and one gradient: in float32 within 1e-4 (relative, each trained tensor), and
 in the dtype that is timed. peft moves positions by P, the original does not; here it is handed positions minus P, so
@@ -54,6 +59,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +71,22 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read as torch is loaded: its 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_parts import PROFILED, TRAIN, decode, epochs, grid, peers, profiled
+from benchmarks.gpu_parts import PROFILED, TEXT, TRAIN, decode, epochs, grid, in_turn, peers, profiled, slower
 from benchmarks.samples import CPED_LONGEST, SLOTS, Lengths, drawn, read
-from benchmarks.ways import REP_TARGET, SCALES, Samples, Scale, Step, Task, difference, language_model, peak_bytes
+from benchmarks.ways import (
+    FRAMES_PER_CLIP,
+    REP_TARGET,
+    SCALES,
+    Samples,
+    Scale,
+    Step,
+    Task,
+    difference,
+    fits,
+    language_model,
+    peak_bytes,
+    tried,
+)
 from elmd.errors import ElmdError
 from elmd.models.llm import freeze, pick_dtype
 from elmd.models.vision import VisionEncoder, pool
@@ -82,42 +101,40 @@ PARTS = ("steps", "peers", "profile", "grid", "decode", "epochs")
 #: Largest relative differences of two ways: float32, and bfloat16, which rounds at 3 digits in every layer.
 FP32, BF16 = 1e-4, 0.1
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate")
-FRAMES_PER_CLIP = 8
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "trl")
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of `work`, the device's own work included; on CPU this process's own time, whoever else is busy there."""
-    if device.type != "cuda":
-        started = time.process_time()
-        work()
-        return time.process_time() - started
-    torch.cuda.synchronize(device)
+    """Seconds of `work`, the device's own work included."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
     started = time.perf_counter()
     work()
-    torch.cuda.synchronize(device)
+    if on_gpu:
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started
 
 
 def attempt(task: Task, way: Step, batch: Sequence[int]) -> float | None:
     """Seconds of a training step; None where the device has not the memory for it."""
-    try:
-        return timed(lambda: task.step(way, batch), task.llm.device)
-    except torch.OutOfMemoryError:
-        pass
-    task.optimizer.zero_grad(set_to_none=True)  # outside of the handler, whose traceback holds the step's tensors
-    gc.collect()
-    torch.cuda.empty_cache()
-    return None
+    return fits(lambda: timed(lambda: task.step(way, batch), task.llm.device), task)
 
 
 def differences(task: Task, ways: Sequence[Step], batch: Sequence[int]) -> dict[str, float]:
-    """Each way's largest relative difference of loss and gradients from the first one's."""
+    """Largest relative difference of loss and gradients from the first one's, of each way that fits."""
     found: dict[str, list[Tensor]] = {}
     for way in ways:
-        found[way.name] = [tensor.clone() for tensor in task.gradient(way, batch)]
-        task.optimizer.zero_grad(set_to_none=True)
-    return {name: difference(tensors, found[ways[0].name]) for name, tensors in found.items()}
+        tensors = fits(partial(_gradient, task, way, batch), task)
+        if tensors is not None:
+            found[way.name] = tensors
+    return {name: difference(tensors, next(iter(found.values()))) for name, tensors in found.items()}
+
+
+def _gradient(task: Task, way: Step, batch: Sequence[int]) -> list[Tensor]:
+    found = [tensor.clone() for tensor in task.gradient(way, batch)]
+    task.optimizer.zero_grad(set_to_none=True)
+    return found
 
 
 def agree(name: str, off: dict[str, float], dtype: torch.dtype) -> None:
@@ -158,29 +175,30 @@ def compare(task: Task, rounds: int, peak: float | None, save: Callable[[dict[st
     heaviest = max(batches, key=lambda batch: (max(tokens[i] for i in batch), task.tokens(batch)))
     ways: list[Step] = []
     result: dict[str, Any] = {}
+
+    def first(way: Step) -> dict[str, Any]:
+        task.step(way, heaviest)  # also warms up
+        return memory(task, way, heaviest)
+
     for candidates in task.ways:
-        found = next((way for way in candidates if attempt(task, way, heaviest) is not None), None)  # also warms up
-        result[candidates[0].name] = {"fits": found is not None}
-        if found is not None:
-            ways.append(found)
-            result[found.name] |= {"rows": found.rows, **memory(task, found, heaviest)}
-            save(result)
+        for way in candidates:
+            result[way.name] = tried({"rows": way.rows}, partial(first, way), task)
+            if result[way.name]["fits"]:
+                ways.append(way)
+                save(result)
+                break
     off = differences(task, ways, batches[0])
-    for name, one in off.items():
-        result[name]["largest_relative_difference"] = one
+    for way in ways:
+        result[way.name] |= {"fits": way.name in off, "largest_relative_difference": off.get(way.name)}
     if task.llm.dtype == torch.float32:
         agree(task.name, off, torch.float32)
-    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
-    for i in range(rounds):
-        for way in ways[:: 1 if i % 2 else -1]:
-            took = attempt(task, way, batches[i])
-            if took is None:
-                result[way.name] = {"fits": False}
-                ways.remove(way)
+    fitting = [way for way in ways if way.name in off]
+    for seconds in in_turn(fitting, rounds, lambda way, i: attempt(task, way, batches[i])):
+        for way in fitting:
+            if way.name in seconds:
+                result[way.name] |= _figures(task, batches, seconds[way.name], next(iter(seconds.values())), peak)
             else:
-                seconds[way.name].append(took)
-        for way in ways:
-            result[way.name] |= _figures(task, batches, seconds[way.name], seconds[ways[0].name], peak)
+                result[way.name] = {"fits": False}
         save(result)
     agree(task.name, off, task.llm.dtype)
 
@@ -189,7 +207,6 @@ def _figures(
     task: Task, batches: Sequence[Sequence[int]], seconds: list[float], first: list[float], peak: float | None
 ) -> dict[str, Any]:
     """Medians over rounds; `slower` is the ratio to the first way's time on the same batch."""
-    ratios = [a / b for a, b in zip(seconds, first, strict=True)]
     pairs = list(zip(batches, seconds, strict=False))
     return {
         "seconds": seconds,
@@ -197,8 +214,7 @@ def _figures(
         "samples_per_s": statistics.median(len(batch) / s for batch, s in pairs),
         "tokens_per_s": statistics.median(task.tokens(batch) / s for batch, s in pairs),
         "mfu_percent": statistics.median(100 * task.flops(batch) / s / peak for batch, s in pairs) if peak else None,
-        "slower": statistics.median(ratios),
-        "slower_range": [min(ratios), max(ratios)],
+        **slower(seconds, first),
     }
 
 
@@ -240,6 +256,13 @@ def lengths(count: int, data: Path | None) -> tuple[list[Lengths], int]:
     return random.Random(0).choices(real, k=count), max(map(sum, real))
 
 
+def version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:,.{digits}f}".replace(",", " ")
 
@@ -250,6 +273,10 @@ def gib(value: int | None) -> str:
 
 def _of(key: str, digits: int = 0) -> Callable[[dict[str, Any]], str]:
     return lambda cell: number(cell.get(key), digits)
+
+
+def _seconds(cell: dict[str, Any], digits: int = 3) -> str:
+    return number(cell["seconds"], digits) if cell["fits"] else cell.get("reason", "does not fit")
 
 
 def _ratio(cell: dict[str, Any]) -> str:
@@ -266,8 +293,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 COLUMNS: dict[str, list[tuple[str, Callable[[dict[str, Any]], str]]]] = {
     "peers": [
         ("EERG, samples of", lambda cell: cell["samples"]), ("way", lambda cell: cell["way"]),
-        ("s/step", lambda cell: number(cell["seconds"], 3) if cell["fits"] else cell["reason"]),
-        ("× elmd (range)", lambda cell: _ratio(cell) if cell["fits"] else "–"),
+        ("s/step", _seconds), ("× elmd (range)", lambda cell: _ratio(cell) if cell["fits"] else "–"),
         ("samples/s", _of("samples_per_s", 2)), ("tokens/s", _of("tokens_per_s")),
         ("utilisation, %", _of("mfu_percent", 1)), ("tokens a step, padding included", _of("tokens_run")),
         ("the step, GiB", lambda cell: gib(cell.get("step_bytes"))),
@@ -275,23 +301,47 @@ COLUMNS: dict[str, list[tuple[str, Callable[[dict[str, Any]], str]]]] = {
     ],
     "grid": [
         ("tokens a sample", _of("length")), ("a micro-batch", _of("micro_tokens")),
-        ("checkpointing", lambda cell: "yes" if cell["checkpointing"] else "no"),
-        ("s/step", lambda cell: number(cell.get("seconds"), 3) if cell["fits"] else "does not fit"),
+        ("a global batch, samples", _of("batch")),
+        ("checkpointing", lambda cell: "yes" if cell["checkpointing"] else "no"), ("s/step", _seconds),
         ("samples/s", _of("samples_per_s", 2)), ("tokens/s", _of("tokens_per_s")),
         ("utilisation, %", _of("mfu_percent", 1)), ("peak, GiB", lambda cell: gib(cell.get("peak_bytes"))),
         ("of it the step, GiB", lambda cell: gib(cell.get("step_bytes"))),
         ("predicted, GiB", lambda cell: gib(cell.get("predicted_step_bytes"))),
     ],
     "decode": [
-        ("rows", _of("rows")), ("ms a token", lambda cell: number(1000 * cell["seconds_per_token"], 2)),
-        ("tokens/s", _of("tokens_per_s")), ("GB read", lambda cell: number(cell["bytes_read"] / 1e9, 2)),
+        ("rows", _of("rows")),
+        ("ms a token", lambda cell: number(cell["ms_per_token"], 2) if cell["fits"] else "does not fit"),
+        ("tokens/s", _of("tokens_per_s")), ("GB read", _of("gb_read", 2)),
         ("of the bandwidth, %", _of("share_of_bandwidth_percent", 1)),
     ],
     "epochs": [
         ("part", lambda cell: cell["part"]), ("samples", _of("samples")), ("tokens", _of("tokens")),
-        ("s", _of("seconds", 1)), ("utilisation, %", _of("mfu_percent", 1)),
+        ("s", lambda cell: _seconds(cell, 1)), ("utilisation, %", _of("mfu_percent", 1)),
+    ],
+    "in_the_loop": [
+        ("p-tuning, its clips encoded in each step: a sum of two measurements", lambda cell: f"EERG, {cell['part']}"),
+        ("on cached features, s/step", _of("cached_s", 3)), ("encoding, s/step", _of("encoding_s", 3)),
+        ("sum, s/step", _of("seconds", 3)), ("× elmd, on cached features", _of("slower", 2)),
     ],
 }  # fmt: skip
+
+
+def in_the_loop(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """p-tuning's steps of EERG and, beside them, their clips' frames at the measured frames per second."""
+    seconds = {
+        "steps": {way: one.get("median_s") for way, one in report["tasks"].get("eerg", {"ways": {}})["ways"].items()},
+        "peers": {one["way"]: one.get("seconds") for one in report.get("peers", ()) if one["samples"] != TEXT},
+    }
+    rate, found = report.get("features", {}).get("frames_per_s"), []
+    for part, of in seconds.items():
+        cached = next((one for way, one in of.items() if way.startswith("p-tuning")), None)
+        if rate and cached and of.get("elmd"):
+            encoding = report["sizes"]["batch"] * FRAMES_PER_CLIP / rate
+            found.append({
+                "part": part, "cached_s": cached, "encoding_s": encoding, "seconds": cached + encoding,
+                "slower": (cached + encoding) / of["elmd"],
+            })  # fmt: skip
+    return found
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -299,9 +349,12 @@ def tables(report: dict[str, Any]) -> str:
     lines = [f"{report['device']}; {', '.join(f'{k} {v}' for k, v in report['versions'].items())}; {report['dtype']}"]
     lines += [f"`{report['command']}`", ""]
     for part, columns in COLUMNS.items():
-        if cells := report.get(part):
-            lines += _table([title for title, _ in columns], [[show(cell) for _, show in columns] for cell in cells])
+        if found := in_the_loop(report) if part == "in_the_loop" else report.get(part):
+            lines += _table([title for title, _ in columns], [[show(cell) for _, show in columns] for cell in found])
     for seen in report.get("profile", ()):
+        if not seen["fits"]:
+            lines += [f"{seen['task'].upper()}: does not fit", ""]
+            continue
         lines += [f"{seen['task'].upper()}: {1000 * seen['seconds']:,.1f} ms a step. {seen['largest']}", ""]
 
         def spent(one: dict[str, Any]) -> list[str]:
@@ -313,9 +366,10 @@ def tables(report: dict[str, Any]) -> str:
             [[one["operator"], one["group"], number(one["calls"], 1), *spent(one)] for one in seen["operators"]],
         )
     if seen := report.get("features"):
-        lines += ["| features | frames/s | utilisation, % | peak, GiB |", "|---|---:|---:|---:|"]
-        cells = [number(seen["frames_per_s"]), number(seen["mfu_percent"], 1), gib(seen["peak_bytes"])]
-        lines += [f"| ViT and Q-Former, {seen['parameters'] / 1e6:,.1f} M | {' | '.join(cells)} |", ""]
+        lines += ["| features | parameters | frames/s | utilisation, % | peak, GiB |", "|---|---:|---:|---:|---:|"]
+        rate = number(seen["frames_per_s"]) if seen["fits"] else "does not fit"
+        cells = [number(seen.get("parameters")), rate, number(seen.get("mfu_percent"), 1), gib(seen.get("peak_bytes"))]
+        lines += [f"| ViT and Q-Former | {' | '.join(cells)} |", ""]
     for name, task in report["tasks"].items():
         about = task["about"]
         lines += [
@@ -354,7 +408,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {
         "device": name, "dtype": str(dtype).removeprefix("torch."), "scale": args.scale, "peak_tflops": tflops,
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if on_gpu else None,
-        "versions": {part: importlib.metadata.version(part) for part in LIBRARIES},
+        "versions": {library: version(library) for library in LIBRARIES},
         "command": f"python benchmarks/gpu_step.py {' '.join(sys.argv[1:])}".strip(),
         "tokens_per_character": args.tokens_per_character, "sizes": asdict(scale), "tasks": {},
     }  # fmt: skip
@@ -362,7 +416,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     def save() -> None:
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
-            for file, text in (("gpu_step.json", json.dumps(report, indent=1)), ("gpu_step.md", tables(report))):
+            told = report | {"in_the_loop": in_the_loop(report)}
+            for file, text in (("gpu_step.json", json.dumps(told, indent=1)), ("gpu_step.md", tables(report))):
                 (args.out / f"{file}.tmp").write_text(text + "\n", encoding="utf-8")
                 (args.out / f"{file}.tmp").replace(args.out / file)
 
@@ -375,9 +430,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         fixed = max(slots + round(args.tokens_per_character * longest), *samples.lengths)
         return Task(kind, llm, scale, samples, fixed)
 
+    def clock(work: Callable[[], Any]) -> float:
+        return timed(work, device)
+
     def peers_of(llm: Any, scale: Scale, rounds: int) -> Iterator[dict[str, Any]]:
         off: dict[str, dict[str, float]] = {}
-        for cell in peers(lambda slots: task_of("eerg", llm, scale, rounds, slots)):
+        for cell in peers(lambda slots: task_of("eerg", llm, scale, rounds, slots), clock):
             if cell["fits"]:
                 off.setdefault(cell["samples"], {})[cell["way"]] = cell["largest_relative_difference"]
             yield cell
@@ -395,24 +453,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if "peers" in args.part:
             report["float32_peers"] = list(peers_of(llm, small, 1))
         del llm, task
-    if "steps" in args.part:
-        report["features"] = features(scale, device, dtype, args.rounds, peak)
+    if {"steps", "peers", "epochs"} & set(args.part):
+        report["features"] = tried({}, partial(features, scale, device, dtype, args.rounds, peak))
         save()
         gc.collect()
     llm = language_model(scale, device, dtype)
     report["parameters"] = sum(p.numel() for p in llm.parameters())
-
-    def clock(work: Callable[[], Any]) -> float:
-        return timed(work, device)
 
     bandwidth = next((value for part, value in BANDWIDTHS.items() if part in name), None)
     train, _ = lengths(TRAIN if on_gpu else 4 * scale.batch, args.data)
     others: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "peers": lambda: peers_of(llm, scale, args.rounds),
         "profile": lambda: (profiled(task_of(kind, llm, scale, PROFILED), clock) for kind in ("rep", "eerg")),
-        "grid": lambda: grid(llm, scale, clock, memory, peak, slots=SLOTS),
+        "grid": lambda: grid(llm, scale, clock, memory, slots=SLOTS),
         "decode": lambda: decode(llm, scale, clock, bandwidth),
-        "epochs": lambda: epochs(llm, scale, clock, train, args.tokens_per_character),
+        "epochs": lambda: epochs(
+            llm, scale, clock, train, args.tokens_per_character, report["features"].get("frames_per_s")
+        ),
     }
     for part, cells in others.items():
         if part in args.part:

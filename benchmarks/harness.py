@@ -41,6 +41,7 @@ class Case:
         size: the sizes and the data, in words.
         tolerance: how far two tensors may be apart, as a share of the other's norm; anything else must be equal.
             None: the ways do not compute the same thing, and `note` says why they are shown side by side.
+        reference: False where the ways are things of their own, none of which the others are held against: no ratios.
         per: how many units of work (`unit`) a run does, where a rate says more than seconds.
     """
 
@@ -51,6 +52,7 @@ class Case:
     note: str = ""
     per: float = 1
     unit: str = ""
+    reference: bool = True
 
 
 @dataclass
@@ -60,11 +62,12 @@ class Timing:
     Attributes:
         seconds: of each round.
         ratio: median, least and most of this way's seconds over ELMD's in the same round: over 1, ELMD is faster.
+            Empty in a case without reference.
     """
 
     way: str
     seconds: list[float]
-    ratio: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    ratio: tuple[float, ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -91,7 +94,8 @@ class Measured:
         """A table that begins with its title."""
         names = list(dict.fromkeys(name for timing in self.timings for name in timing.facts))
         rate = [f"{self.unit}/s"] if self.unit else []
-        head = ["way", "median, ms", "least – most", "× elmd", *rate, *names]
+        ratio = ["× elmd"] if self.timings[0].ratio else []
+        head = ["way", "median, ms", "least – most", *ratio, *rate, *names]
         lines = [
             f"**{self.title}**. {self.size}",
             "",
@@ -99,9 +103,11 @@ class Measured:
             "|---" + "|---:" * (len(head) - 1) + "|",
         ]
         for timing in self.timings:
-            ms, (middle, low, high) = [1000 * one for one in timing.seconds], timing.ratio
+            ms = [1000 * one for one in timing.seconds]
             cells = [timing.way, f"{1000 * timing.median:.4g}", f"{min(ms):.4g} – {max(ms):.4g}"]
-            cells.append("1" if timing is self.timings[0] else f"{middle:.2f} ({low:.2f} – {high:.2f})")
+            if timing.ratio:
+                middle, low, high = timing.ratio
+                cells.append("1" if timing is self.timings[0] else f"{middle:.2f} ({low:.2f} – {high:.2f})")
             cells += [f"{self.per / timing.median:.4g}"] if rate else []
             cells += [f"{timing.facts[name]:.4g}" if name in timing.facts else "–" for name in names]
             lines.append(f"| {' | '.join(cells)} |")
@@ -145,8 +151,9 @@ def measure(case: Case, rounds: int) -> Measured:
             way.run()
             timing.seconds.append(time.perf_counter() - started)
     for way, timing in zip(case.ways, timings, strict=True):
-        ratios = [mine / ours for mine, ours in zip(timing.seconds, timings[0].seconds, strict=True)]
-        timing.ratio = statistics.median(ratios), min(ratios), max(ratios)
+        if case.reference:
+            ratios = [mine / ours for mine, ours in zip(timing.seconds, timings[0].seconds, strict=True)]
+            timing.ratio = statistics.median(ratios), min(ratios), max(ratios)
         timing.facts = dict(way.facts())
     return Measured(case.title, case.size, case.note, case.per, case.unit, apart, timings)
 

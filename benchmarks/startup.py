@@ -62,13 +62,12 @@ def cases(small: bool) -> Iterator[Case]:
         def way(name: str, line: list[str], code: int) -> Way:
             cpu: list[float] = []
 
-            def answers() -> bool:
+            def answers() -> None:
                 before = resource.getrusage(resource.RUSAGE_CHILDREN)
                 done = subprocess.run([sys.executable, *line], cwd=folder, capture_output=True)
                 after = resource.getrusage(resource.RUSAGE_CHILDREN)
                 cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
                 assert done.returncode == code, f"{name}: exit code {done.returncode} and not {code}"
-                return True
 
             # The first run, which is not timed, brings the files into the cache.
             return Way(name, answers, lambda: {"CPU, s": statistics.median(cpu[1:])})
@@ -84,6 +83,8 @@ def cases(small: bool) -> Iterator[Case]:
             "Until a command answers",
             "a new process of Python each time, files in the page cache",
             [way(name, line, code) for name, (line, code) in lines.items()],
+            tolerance=None,
+            reference=False,
             note="The last lines are for comparison: what a script that loads its libraries first waits for.",
         )
         if small:
@@ -93,5 +94,7 @@ def cases(small: bool) -> Iterator[Case]:
             "Until elmd.train says that all is made already",
             "a new process of Python each time; the tiny chain, made by the first run, which is not timed",
             [way(f"elmd.train stage={stage}", [*chain, f"stage={stage}"], 0) for stage in ("all", "prepare")],
+            tolerance=None,
+            reference=False,
             note="torch and accelerate are loaded in each, since ranks must agree on what there is.",
         )

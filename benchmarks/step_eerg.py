@@ -27,7 +27,8 @@ NOTE = (
 )
 TRL_NOTE = (
     " TRL scores only target positions on a GPU; on CPU it scores all of them, in tiles of 32 768 words whatever the "
-    "vocabulary, which its peak shows."
+    "vocabulary, which its peak shows. It runs with gradient_checkpointing=False, which is not its default: "
+    "checkpointing loses the prefix."
 )
 
 

@@ -23,7 +23,6 @@ from benchmarks.ways import (
     Scale,
     Step,
     Task,
-    attend,
     language_model,
     peak_bytes,
     saved_bytes,
@@ -65,8 +64,6 @@ def _case(title: str, scale: Scale, lengths: list[Lengths]) -> Case:
 def _way(task: Task, step: Step) -> Way:
     batch = range(len(task.samples))
 
-    attention = partial(attend, grouped=step.name != "transformers")
-
     def run() -> list[Tensor]:
         found = [tensor.clone() for tensor in task.gradient(step, batch)]
         torch.nn.utils.clip_grad_norm_(task.trained, 1.0)
@@ -74,10 +71,9 @@ def _way(task: Task, step: Step) -> Way:
         task.optimizer.zero_grad(set_to_none=True)
         return found
 
-    return Way(step.name, run, partial(_facts, task, step, attention, run), attention)
+    return Way(step.name, run, partial(_facts, task, step, run))
 
 
-def _facts(task: Task, step: Step, attention: Callable[[], None], run: Callable[[], list[Tensor]]) -> dict[str, float]:
-    attention()
+def _facts(task: Task, step: Step, run: Callable[[], list[Tensor]]) -> dict[str, float]:
     saved = saved_bytes(task, step, range(len(task.samples)))
     return {"saved for backward, MiB": saved / 2**20, "peak, MiB": peak_bytes(run) / 2**20}

@@ -41,9 +41,13 @@ def loops(task: Task, *names: str, peak: bool = True) -> list[Way]:
     """Ways that run in a loop of one's own.
 
     Args:
-        peak: whether to measure peak memory, which takes a run more.
+        peak: whether to measure peak memory, which takes a run more on a CPU.
     """
-    return [_way(name, task, partial(_loop, task, task.steps[name]), peak) for name in names]
+    return [loop(task, task.steps[name], peak=peak) for name in names]
+
+
+def loop(task: Task, step: Step, *, peak: bool = True) -> Way:
+    return _way(step.name, task, partial(_loop, task, step), peak)
 
 
 def hf(task: Task, folder: str, *, peak: bool = True) -> list[Way]:
@@ -66,41 +70,48 @@ def _cuts(name: str, task: Task, prepare: Callable[[Task, int, str], Run], folde
 
 def _way(name: str, task: Task, prepare: Callable[[], Run], peak: bool) -> Way:
     """Args: prepare: makes one run ready, which is not timed."""
-    device, attention = task.llm.device, partial(attend, grouped=name.startswith("elmd"))
+    device = task.llm.device
+    on_gpu = device.type == "cuda"
     ready: list[Run] = []
-    tokens = 0
+    found: list[Mapping[str, Any]] = []
+    tokens = most = 0
 
     def count(_: Any, inputs: tuple[Tensor]) -> None:
         nonlocal tokens
         tokens += inputs[0].numel()
 
     def before() -> None:
-        attention()
-        task.optimizer.zero_grad(set_to_none=True)  # of a run that had not the memory to end
         ready[:] = [prepare()]
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.empty_cache()  # as a trainer does when it begins, so all begin alike
             torch.cuda.synchronize(device)
 
+    def go() -> None:
+        found.append(ready.pop()())
+
     def run() -> Mapping[str, Any]:
-        nonlocal tokens
+        nonlocal tokens, most
         tokens = 0
         hook = task.llm.get_input_embeddings().register_forward_pre_hook(count)
         gc.freeze()  # a trainer collects garbage once as it begins, which is no part of a step
         try:
-            found = ready.pop()()
+            if on_gpu:
+                most = peak_bytes(go, device)  # costs nothing there
+            else:
+                go()
         finally:
             gc.unfreeze()
             hook.remove()
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize(device)
-        return found
+        return found.pop()
 
     def facts() -> dict[str, float]:
-        """Tokens are those of the last run."""
-        attention()
-        found = {"peak, MiB": peak_bytes(prepare(), device) / 2**20} if peak else {}
-        return {**found, "tokens, padding included": tokens}
+        """Of the last run; but on a CPU a profiler sees the peak in a run of its own."""
+        told: dict[str, float] = {"tokens, padding included": tokens}
+        if peak:
+            told["peak, MiB"] = (most if on_gpu else peak_bytes(prepare())) / 2**20
+        return told
 
     return Way(name, run, facts, before)
 
@@ -174,6 +185,7 @@ def _ready(trainer: Trainer, seen: _Seen) -> Run:
     trainer.remove_callback(PrinterCallback)
 
     def run() -> Mapping[str, Any]:
+        attend(grouped=False)
         trainer.train()
         return seen.sums.result()
 

@@ -92,7 +92,7 @@ def in_workers(clips: Sequence[Clip], size: int) -> Tensor:
     """The same as stage `features` reads them."""
     requests = [(str(i), clip) for i, clip in enumerate(clips)]
     found = {}
-    for key, result in decode_clips(requests, frames=FRAMES, size=size):
+    for key, result in decode_clips(requests, frames=FRAMES, size=size, workers=2):
         if isinstance(result, ClipError):
             raise result
         found[key] = result
@@ -215,8 +215,9 @@ def encoding(folder: Path, small: bool, shape: VisionShape) -> Case:
         tolerance=1e-3,
         per=frames,
         unit="frames",
-        note="Features are kept in half precision. The encoder waits while it is not called: for frames, for "
-        "workers to start, for shards to be written. It shares the cores with the workers.",
+        note=f"Features are kept in half precision. In turn the encoder takes the {FRAMES} frames of a clip a call, "
+        f"elmd's up to {vision.batch_frames}. It waits while it is not called: for frames, for workers to start, for "
+        "shards to be written. It shares the cores with the workers.",
     )
 
 

@@ -5,9 +5,10 @@ All of a task's ways compute the loss and the gradient of one global batch; `ben
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +32,9 @@ from elmd.training.tokens import TokenTask
 
 REP_TARGET = 3  # an emotion word and the end of text
 OPTIMISER = "optimiser"
+FRAMES_PER_CLIP = 8
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ class Step:
     all_logits: bool = False
     rows: int | None = None
 
+    @property
+    def grouped(self) -> bool:
+        """Whether keys and values stay grouped on a CPU, which is ELMD's attention (`attend`)."""
+        return self.name.startswith("elmd")
+
 
 class Task:
     """REP or EERG at a scale, with its ways."""
@@ -145,10 +154,15 @@ class Task:
         """Real tokens of a global batch, visual ones included."""
         return sum(self.samples.lengths[i] for i in batch)
 
+    def parts(self, way: Step, batch: Sequence[int]) -> Iterator[Tensor]:
+        """Parts of the loss, with the way's own attention."""
+        attend(grouped=way.grouped)
+        return way.parts(batch)
+
     def gradient(self, way: Step, batch: Sequence[int]) -> list[Tensor]:
         """The loss and the gradient of each trained tensor; they stay in the tensors."""
         total = torch.zeros((), device=self.llm.device)
-        for part in way.parts(batch):
+        for part in self.parts(way, batch):
             part.backward()
             total += part.detach().float()
         return [total, *(p.grad for p in self.trained if p.grad is not None)]
@@ -168,7 +182,7 @@ class Task:
                 self.llm.config, dtype=self.llm.dtype, rows=one.rows, length=one.length, free_tokens=one.free,
                 targets=one.keep + 1, target_tokens=one.targets, checkpointing=way.checkpointing,
                 trainables=sum(p.numel() for p in self.trained), virtual=self.scale.prefix if self.prefix else 0,
-                device=self.llm.device.type,
+                device=self.llm.device.type if way.grouped else "cuda",  # there it is transformers' own
             ).step
             for one in (
                 {one._replace(keep=one.length - 1, targets=one.rows * (one.length - 1)) for one in shapes}
@@ -225,6 +239,29 @@ def attend(*, grouped: bool) -> None:
         AttentionInterface.register("sdpa", sdpa_attention_forward)
 
 
+def fits(work: Callable[[], R], task: Task | None = None) -> R | None:
+    """What `work` gives; None where the device has not the memory for it, and then its memory is free again.
+
+    Args:
+        task: whose gradients `work` computes.
+    """
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        pass
+    if task is not None:
+        task.optimizer.zero_grad(set_to_none=True)  # outside of the handler, whose traceback holds the step's tensors
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
+def tried(about: dict[str, Any], work: Callable[[], dict[str, Any]], task: Task | None = None) -> dict[str, Any]:
+    """A row of a table: what it is about, whether `work` `fits`, and what it finds if so."""
+    found = fits(work, task)
+    return {**about, "fits": found is not None, **(found or {})}
+
+
 def step_flops(decoder: int, head: int, tokens: int, free: int, targets: int) -> int:
     """Useful work of a step by the formula of `benchmarks.gpu_step`, for parameters of decoder and output layer."""
     return 4 * decoder * (tokens - free) + 2 * decoder * free + 4 * head * targets
@@ -279,7 +316,7 @@ def saved_bytes(task: Task, step: Step, batch: Sequence[int]) -> int:
 
     total = 0
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        for part in step.parts(batch):
+        for part in task.parts(step, batch):
             total += sum(kept.values())
             kept.clear()
             part.backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,6 @@ CONFIGS = {
     "one group": Qwen2Config(**SIZES, num_key_value_heads=1),
     "not grouped": LlamaConfig(**SIZES, num_key_value_heads=8),
 }
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    before = AttentionInterface()["sdpa"]
-    yield
-    AttentionInterface.register("sdpa", before)
 
 
 class Module(torch.nn.Module):

@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import curves, dist, resume, startup, video
 from benchmarks.__main__ import BENCHMARKS
@@ -75,8 +75,8 @@ def test_a_worker_that_decodes_loads_no_torch() -> None:
 def test_its_ways_agree(module: ModuleType) -> None:
     for case in module.cases(small=True):
         found = measure(case, 1)
-        assert all(timing.seconds[0] > 0 for timing in found.timings)
-        assert case.title in found.markdown()
+        assert (case.tolerance is None) == (module is startup)
+        assert ("× elmd" in found.markdown()) == (module is not startup)
         if module is dist:
             one, two = (timing.facts for timing in found.timings)
             sent = "bytes handed to each step's collectives"
@@ -93,22 +93,23 @@ def test_other_pixels_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_how_long_the_encoder_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An encoder that sleeps for a time waits for less than one that does not; its own speed is that of its sleep."""
-    case = video.encoding(tmp_path, True, video.SCALES["smoke"].vision)
-    in_turn = case.ways[-1]
-    in_turn.run()
-    quick = in_turn.facts()
-    forward = video.VisionEncoder.forward
+    """By hand: half a second to encode a clip, and three times as long to decode it."""
+    now = 0.0
 
-    def slow(self: video.VisionEncoder, pixels: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.5)
-        return forward(self, pixels)
+    def lasting(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def longer(*given: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return work(*given)
 
-    monkeypatch.setattr(video.VisionEncoder, "forward", slow)
+        return longer
+
+    monkeypatch.setattr(video, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(video, "one_by_one", lasting(1.5, video.one_by_one))
+    monkeypatch.setattr(video.VisionEncoder, "forward", lasting(0.5, video.VisionEncoder.forward))
+    in_turn = video.encoding(tmp_path, True, video.SCALES["smoke"].vision).ways[-1]
     in_turn.run()
-    found = in_turn.facts()
-    assert 0 < found["encoder waits, %"] < quick["encoder waits, %"] < 100
-    assert found["encoder alone, frames/s"] < video.FRAMES / 0.5 < quick["encoder alone, frames/s"]
+    assert in_turn.facts() == {"encoder waits, %": 75, "encoder alone, frames/s": video.FRAMES / 0.5}
 
 
 def test_curves_are_drawn_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +122,7 @@ def test_curves_are_drawn_and_written(tmp_path: Path, monkeypatch: pytest.Monkey
         assert path.stat().st_size <= 60 * 1024
         rows = list(csv.DictReader(path.with_suffix(".csv").open()))
         assert len(rows) >= 2
-        assert all(float(value) > 0 for row in rows for value in row.values() if re.fullmatch(r"[\d.e+-]+", value))
+        assert all(0 < float(value) < float("inf") for row in rows for value in row.values())
 
 
 def test_an_exponent_is_that_of_the_power() -> None:

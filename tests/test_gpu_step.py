@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.ways import step_flops
 from conftest import ROOT
-from elmd.config import EergConfig, PromptConfig, RepConfig, VisionConfig
+from elmd.config import EergConfig, GenerateConfig, PromptConfig, RepConfig, VisionConfig
 from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
 
 WAYS = {
@@ -35,6 +35,7 @@ BARE = (
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr("gc.collect", lambda *_: 0)  # before each run: with all the tests' modules half a second
     import benchmarks.gpu_step
 
     return benchmarks.gpu_step
@@ -67,7 +68,11 @@ def test_it_runs_as_a_file_with_few_libraries_and_leaves_its_figures(tmp_path: P
     report = json.loads((tmp_path / "gpu_step.json").read_text())
     assert torch.__version__.startswith(report["versions"]["torch"])
     assert report["peak_tflops"] == 0.1
-    assert report["features"]["frames_per_s"] > 0
+    rate = report["features"]["frames_per_s"]
+    eerg = report["tasks"]["eerg"]["ways"]
+    assert [one["part"] for one in report["in_the_loop"]] == ["steps"]
+    assert report["in_the_loop"][0]["seconds"] == pytest.approx(eerg["p-tuning"]["median_s"] + 4 * 8 / rate)
+    assert report["in_the_loop"][0]["slower"] > eerg["p-tuning"]["median_s"] / eerg["elmd"]["median_s"]
     assert {kind: list(found["ways"]) for kind, found in report["tasks"].items()} == WAYS
     for found in report["tasks"].values():
         assert found["about"]["samples"] == 2 * 4
@@ -93,19 +98,80 @@ def test_the_other_parts_tell_their_figures(
     bench.main()
     report = json.loads((tmp_path / "gpu_step.json").read_text())
     assert not report["tasks"]
-    assert "features" not in report
     cells = {(c["length"], c["micro_tokens"], c["checkpointing"]): c for c in report["grid"]}
     assert len(cells) == 2 * 4 * 2
+    assert len({(c["length"], tuple(map(tuple, c["micro_batches"]))) for c in cells.values()}) == 2 * 4, "no cell twice"
+    assert [cells[96, budget, False]["batch"] for budget in (128, 256, 512, 1024)] == [4, 4, 5, 10]
     for cell in cells.values():
+        assert max(shape[0] * shape[1] for shape in cell["micro_batches"]) > cell["micro_tokens"] - cell["length"]
         assert cell["tokens_per_s"] == pytest.approx(cell["length"] * cell["samples_per_s"])
         assert 0 < cell["mfu_percent"] < 200
     assert [cell["rows"] for cell in report["decode"]] == [1, 16, 64, 128]
     assert all(cell["tokens_per_s"] > 0 for cell in report["decode"])
     parts = {cell["part"]: cell for cell in report["epochs"]}
-    assert list(parts) == ["rep, one epoch", "eerg, one epoch", "replies"]
+    features, *rest = [
+        "features, at the measured frames/s", "rep, one epoch", "eerg, one epoch", "replies", "end to end, the sum"
+    ]  # fmt: skip
+    assert list(parts) == [features, *rest]
     assert parts["rep, one epoch"]["samples"] == 16
-    assert parts["replies"]["tokens"] > parts["replies"]["samples"], "each reply is as long as its target"
+    assert parts[features]["seconds"] == pytest.approx(18 * 8 / report["features"]["frames_per_s"])
+    assert parts[rest[-1]]["seconds"] == pytest.approx(sum(parts[part]["seconds"] for part in [features, *rest[:-1]]))
     assert "| replies | 2 |" in capsys.readouterr().out
+
+
+def test_replies_are_those_of_generation_by_default_and_as_long_as_their_targets(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import gpu_parts
+    from elmd.models.elmd import Elmd
+
+    found: list[list[int]] = []
+    plain = Elmd.generate
+
+    def generate(self: Any, batch: Any, *args: Any, **others: Any) -> list[list[int]]:
+        assert self.adapter is not None
+        assert batch.slots.sum() == 40 * len(batch.ids)
+        new = plain(self, batch, *args, **others)
+        found.extend(new)
+        return new
+
+    one = task(bench, "eerg")
+    targets = sorted(len(row.target) - 1 for row in one.samples.rows)
+    monkeypatch.setattr(Elmd, "generate", generate)
+    told = gpu_parts._replies(one.model, one.samples, lambda work: work() or 1.0)
+    assert sorted(map(len, found)) == targets
+    assert told == {"seconds": 1.0, "tokens": sum(targets)}
+
+
+def test_attention_is_that_of_the_way(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU ELMD's ways keep keys and values grouped; all others run, and are predicted, as transformers has it."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from benchmarks import trainers, ways
+    from elmd.models.attention import sdpa
+
+    seen: list[Any] = []
+    for kind in ("rep", "eerg"):
+        one = task(bench, kind)
+        one.llm.get_decoder().layers[0].register_forward_pre_hook(lambda *_: seen.append(AttentionInterface()["sdpa"]))
+        for step in one.steps.values():
+            wanted = sdpa if step.name.startswith("elmd") else sdpa_attention_forward
+            ways.attend(grouped=wanted is not sdpa)  # whatever ran before
+            seen.clear()
+            one.step(step, range(4))
+            assert set(seen) == {wanted}, step.name
+    on: list[str] = []
+    monkeypatch.setattr(ways, "step_memory", lambda *_, device, **__: on.append(device) or SimpleNamespace(step=1))
+    for step in one.steps.values():
+        one.predicted(step, one.samples.shapes)
+    assert set(on) == {"cpu", "cuda"}
+    seen.clear()
+    ways.attend(grouped=True)
+    way = trainers.hf(one, "/nowhere", peak=False)[0]
+    way.before()
+    way.run()
+    assert set(seen) == {sdpa_attention_forward}
 
 
 @pytest.mark.parametrize(
@@ -174,11 +240,17 @@ def test_the_true_shape_is_chatglm2_6b(bench: ModuleType) -> None:
 
 
 def test_its_sizes_are_those_of_the_configuration(bench: ModuleType, samples: ModuleType) -> None:
+    from benchmarks import gpu_parts
+
     scale, eerg, rep = bench.Scale(), EergConfig(), RepConfig()
     assert (scale.prefix, scale.batch, scale.micro_tokens) == (eerg.prefix_length, eerg.batch_size, eerg.micro_tokens)
     assert (scale.batch, scale.micro_tokens) == (rep.batch_size, rep.micro_tokens)
     assert (scale.frames, bench.FRAMES_PER_CLIP) == (VisionConfig.batch_frames, VisionConfig.frames)
     assert PromptConfig.max_target_tokens == samples.LONGEST_TARGET
+    replies = gpu_parts.TOP_P, gpu_parts.TEMPERATURE, gpu_parts.LONGEST_REPLY, gpu_parts.BATCH_TOKENS
+    default = GenerateConfig()
+    assert replies == (default.top_p, default.temperature, default.max_new_tokens, default.batch_tokens)
+    assert default.seeds == [0]
     assert bench.FRAMES_PER_CLIP + scale.vision.num_query_tokens == samples.SLOTS
 
 
@@ -223,9 +295,10 @@ def test_peers_take_the_same_steps_or_say_why_not(
     report = bench.run(arguments("peers", rounds=2, out=tmp_path))
     cells = {(cell["samples"], cell["way"]): cell for cell in report["peers"]}
     seeing = [way for samples, way in cells if samples == "40 visual tokens"]
-    assert seeing == ["elmd", "peft", "p-tuning", "Trainer, 4 × 1", "Trainer, 1 × 4"]
+    assert seeing == ["elmd", "peft, batch of 4", "p-tuning, batch of 1", "Trainer, 4 × 1", "Trainer, 1 × 4"]
     text = [way for samples, way in cells if samples == "text alone"]
-    assert text == (["elmd", "TRL, 4 × 1", "TRL, 1 × 4"] if gpu_parts.trl_is_here() else ["TRL"])
+    assert text == seeing + (["TRL, 4 × 1", "TRL, 1 × 4"] if gpu_parts.trl_is_here() else ["TRL"])
+    assert [one["part"] for one in bench.in_the_loop(report)] == ["peers"]
     for cell in cells.values():
         if cell["fits"]:
             assert cell["largest_relative_difference"] < 1e-4
@@ -239,19 +312,57 @@ def test_peers_take_the_same_steps_or_say_why_not(
     assert single["tokens_run"] == pytest.approx(single["tokens_per_s"] * single["seconds"]), "it needs no padding"
     assert "| 40 visual tokens | Trainer, 4 × 1 | " in (tmp_path / "gpu_step.md").read_text()
 
+
+def test_peers_that_do_not_fit_are_tried_smaller_and_told(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu_parts
+
+    passes = {"elmd": 0, "p-tuning": 0}
+    plain = bench.Task.gradient
+
+    def gradient(self: Any, way: Any, batch: Any) -> Any:
+        if way.name in passes:
+            passes[way.name] += 1
+        if (way.rows or 0) > 2 or (way.rows == 1 and passes["p-tuning"] > 1):
+            raise torch.OutOfMemoryError("no room")
+        return plain(self, way, batch)
+
     def full(*_: Any) -> list[Any]:
         def run() -> None:
             raise torch.OutOfMemoryError("no room")
 
         return [gpu_parts.Way("Trainer, 4 × 1", run)]
 
+    monkeypatch.setattr(bench.Task, "gradient", gradient)
+    monkeypatch.setattr(gpu_parts, "PASSES", 1)
     monkeypatch.setattr(gpu_parts, "hf", full)
     monkeypatch.setattr(gpu_parts, "trl_is_here", lambda: False)
-    report = bench.run(arguments("peers"))
-    assert [cell["way"] for cell in report["peers"]] == ["Trainer, 4 × 1", "elmd", "peft", "p-tuning", "TRL"]
+    found = list(gpu_parts._peers(task(bench, "eerg"), {"samples": "x"}, "", lambda work: work() and 1.0))
+    assert {cell["way"]: cell["fits"] for cell in found} == {
+        "elmd": True, "peft, batch of 4": False, "peft, batch of 2": True, "p-tuning, batch of 1": False,
+        "Trainer, 4 × 1": False,
+    }  # fmt: skip
+    assert passes["elmd"] == 3, "once to try, once timed, once for the profiler of a CPU"
+    report = {"device": "x", "dtype": "y", "versions": {}, "command": "c", "tasks": {}, "peers": found}
+    assert "| x | Trainer, 4 × 1 | does not fit |" in bench.tables(report)
+
+
+def test_what_does_not_fit_is_told_in_every_part(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(bench.Task, "gradient", full)
+    monkeypatch.setattr("benchmarks.gpu_parts.Elmd.generate", full)
+    monkeypatch.setattr(bench, "features", full)
+    monkeypatch.setattr("benchmarks.gpu_parts.trl_is_here", lambda: False)
+    monkeypatch.setattr(bench, "version", lambda library: "not installed")
+    report = bench.run(arguments(*bench.PARTS[1:]))
+    assert [cell["fits"] for part in bench.PARTS[2:] for cell in report[part]] == [False] * (2 + 16 + 4 + 5)
     told = bench.tables(report)
-    assert "| 40 visual tokens | Trainer, 4 × 1 | does not fit |" in told
     assert "| text alone | TRL | not installed (pip install trl) |" in told
+    assert "| ViT and Q-Former | – | does not fit |" in told
+    assert "| end to end, the sum | 18 | – | does not fit |" in told
+    assert "REP: does not fit" in told
+    assert "trl not installed" in told
 
 
 def test_a_peer_that_computes_something_else_is_found_out(
@@ -404,7 +515,9 @@ def test_what_does_not_fit_is_tried_smaller_and_told(bench: ModuleType, monkeypa
     }  # fmt: skip
     assert last["peft"]["rows"] == 2
     assert last["peft"]["mfu_percent"] is None
-    assert any("seconds" not in result.get("peft", {}) for result in saved)  # what is known stands there at once
+    assert any(
+        "peft" in result and "seconds" not in result["peft"] for result in saved
+    )  # what is known stands there at once
     report = {"device": "x", "dtype": "y", "versions": {}, "command": "c"}
     about = {"samples": 8, "shortest": 1, "longest": 2, "mean": 1.5}
     assert "| p-tuning | does not fit |" in bench.tables({**report, "tasks": {"eerg": {"about": about, "ways": last}}})
