@@ -41,7 +41,7 @@ test: check  ## check, and the tests that take seconds
 test-slow: $(READY)  ## the whole tiny chain and the other long tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
-bench: $(READY)  ## speed against what one would otherwise run, as ratios (about 27 minutes on an idle machine)
+bench: $(READY)  ## speed against what one would otherwise run, as ratios (about 30 minutes on an idle machine)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
 clean:  ## remove .venv and caches; results in runs/ stay
