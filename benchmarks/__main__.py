@@ -71,6 +71,8 @@ def run(names: Sequence[str], *, rounds: int, small: bool, path: Path | None) ->
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing`", category=FutureWarning)
     about, missing = environment(), []
     print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
+    if small:
+        print("Smallest sizes: read no times.\n")
     measured: dict[str, list[dict[str, Any]]] = {}
     for name in names or BENCHMARKS:
         try:
@@ -86,7 +88,7 @@ def run(names: Sequence[str], *, rounds: int, small: bool, path: Path | None) ->
             measured[name].append(found.json())
             print(found.markdown(), end="\n\n", flush=True)
             if path:
-                write_json(path, {"environment": about, "benchmarks": measured})
+                write_json(path, {"environment": about, "rounds": rounds, "small": small, "benchmarks": measured})
     if missing and names:
         sys.exit(1)
 

@@ -194,9 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.curves", description=f"Draw costs against sizes: {', '.join(CURVES)}."
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("docs/images/curves"), metavar="DIR", help="default: %(default)s"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures and CSV files")
     parser.add_argument("--rounds", type=int, default=7, help="times that each size is measured, in turn (7)")
     parser.add_argument("--small", action="store_true", help="smallest sizes: shows that it runs, not how fast")
     args = parser.parse_args()

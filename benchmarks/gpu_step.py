@@ -518,7 +518,7 @@ def refused(args: argparse.Namespace) -> str | None:
 
 def main() -> None:
     # peft still asks transformers under the old name; nothing a user could do about it.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing`", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Warning: Profiler clears events", category=UserWarning)  # torch < 2.13
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(

@@ -84,7 +84,7 @@ class Measured:
     note: str
     per: float
     unit: str
-    apart: float
+    apart: float | None
     timings: list[Timing]
 
     def json(self) -> dict[str, Any]:
@@ -111,7 +111,10 @@ class Measured:
             cells += [f"{self.per / timing.median:.4g}"] if rate else []
             cells += [f"{timing.facts[name]:.4g}" if name in timing.facts else "–" for name in names]
             lines.append(f"| {' | '.join(cells)} |")
-        told = [f"Results differ by at most {self.apart:.1e}." if self.apart else "", self.note]
+        agree = {None: "", 0.0: "Results are equal."}.get(
+            self.apart, f"Results differ by at most {self.apart or 0:.1e}."
+        )
+        told = [agree, self.note]
         return "\n".join([*lines, *(["", " ".join(filter(None, told))] if any(told) else [])])
 
 
@@ -132,8 +135,9 @@ def measure(case: Case, rounds: int) -> Measured:
     for way in case.ways:
         way.before()
         found.append(way.run())
-    apart = 0.0
+    apart = None
     if case.tolerance is not None:
+        apart = 0.0
         for way, one in zip(case.ways[1:], found[1:], strict=True):
             if not way.same:
                 continue

@@ -71,7 +71,9 @@ def test_a_worker_that_decodes_loads_no_torch() -> None:
     assert done.stdout.strip() == "['decord']", done.stderr
 
 
-@pytest.mark.parametrize("module", [video, startup, resume, dist])
+@pytest.mark.parametrize(
+    "module", [video, startup, *(pytest.param(one, marks=pytest.mark.slow) for one in (resume, dist))]
+)
 def test_its_ways_agree(module: ModuleType) -> None:
     for case in module.cases(small=True):
         found = measure(case, 1)

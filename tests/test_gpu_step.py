@@ -143,7 +143,7 @@ def test_replies_are_those_of_generation_by_default_and_as_long_as_their_targets
     assert told == {"seconds": 1.0, "tokens": sum(targets)}
 
 
-def test_attention_is_that_of_the_way(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_is_that_of_the_way(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a CPU ELMD's ways keep keys and values grouped; all others run, and are predicted, as transformers has it."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -168,7 +168,7 @@ def test_attention_is_that_of_the_way(bench: ModuleType, monkeypatch: pytest.Mon
     assert set(on) == {"cpu", "cuda"}
     seen.clear()
     ways.attend(grouped=True)
-    way = trainers.hf(one, "/nowhere", peak=False)[0]
+    way = trainers.hf(one, str(tmp_path), peak=False)[0]
     way.before()
     way.run()
     assert set(seen) == {sdpa_attention_forward}
@@ -260,6 +260,7 @@ def test_ways_agree_in_half_precision_as_far_as_it_goes(bench: ModuleType) -> No
     assert 1e-4 < off["p-tuning"] < bench.BF16
 
 
+@pytest.mark.slow
 def test_half_precision_is_timed_after_the_ways_agree_in_float32(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ def whole(llm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("kill=step:8", -9),
         pytest.param("kill=step:2", -9, marks=pytest.mark.slow),
         pytest.param("kill=checkpoint:1", -9, marks=pytest.mark.slow),
-        ("kill=checkpoint:3", -9),
+        pytest.param("kill=checkpoint:3", -9, marks=pytest.mark.slow),
         ("term=step:8", 143),
     ],
 )

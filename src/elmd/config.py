@@ -19,6 +19,9 @@ from elmd.errors import ConfigError
 #: A checkpoint path with this value stands for the stand-in made by `stage=bootstrap`.
 BOOTSTRAP = "bootstrap"
 
+#: What transformers calls its ways to compute attention; all but the first two take a package or a GPU of their own.
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+
 
 class StageName(Enum):  # no StrEnum: `index` is a method of strings
     bootstrap = "bootstrap"
@@ -166,7 +169,7 @@ class LlmConfig:
     name: str = MISSING
     path: str | None = None
     dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on CPU
-    attention: str = "sdpa"  # or eager, flash_attention_2 (a package of its own)
+    attention: str = "sdpa"  # see ATTENTION
     checkpointing: Checkpointing = Checkpointing.auto  # auto: only where the activations would not fit
 
 
@@ -467,6 +470,12 @@ def check(cfg: Config) -> None:
         ConfigError: naming the fields and what to change.
     """
     check_ranges(cfg)
+    if cfg.llm.attention not in ATTENTION and "/" not in cfg.llm.attention:
+        raise ConfigError(
+            f"there is no attention {cfg.llm.attention!r}",
+            where="llm.attention",
+            fix=f"choose from {', '.join(ATTENTION)}, or name a repository of kernels at the hub",
+        )
     if cfg.data.reader is not Reader.tiny and cfg.data.path is None:
         raise ConfigError(
             f"data={cfg.data.name} has no source", where="data.path", fix="give it: data.path=/path/to/the/data"
