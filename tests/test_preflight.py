@@ -20,7 +20,8 @@ from elmd.models.sharding import sharding
 from elmd.models.tokenizer import chatglm2_tokenizer, train_pieces
 from elmd.stages.parts import check_parts
 
-TODO = ("index", "rep", "eerg")
+#: What a chain that has nothing of these yet will run.
+LAST_STAGES = ("index", "rep", "eerg")
 
 
 def test_a_language_model_is_looked_at_before_the_long_stages(llm_folder: Path, tmp_path: Path) -> None:
@@ -34,11 +35,11 @@ def test_a_language_model_is_looked_at_before_the_long_stages(llm_folder: Path, 
             change(folder)
         cfg = compose(["llm=auto", f"llm.path={folder}", *choices])
         with pytest.raises(ElmdError) as caught:
-            check_parts(cfg, accelerator, TODO)
+            check_parts(cfg, accelerator, LAST_STAGES)
         return str(caught.value)
 
-    check_parts(compose(["llm=auto", f"llm.path={llm_folder}"]), accelerator, TODO)
-    check_parts(compose([]), accelerator, TODO)  # the stand-in is still to be made
+    check_parts(compose(["llm=auto", f"llm.path={llm_folder}"]), accelerator, LAST_STAGES)
+    check_parts(compose([]), accelerator, LAST_STAGES)  # the stand-in is still to be made
 
     def other_tokenizer(folder: Path) -> None:
         chatglm2_tokenizer(train_pieces(["今天我们去公园玩，好不好？"] * 50, 275)).save_pretrained(folder)
@@ -70,9 +71,9 @@ def test_a_search_that_is_not_installed_is_told_before_there_is_anything_to_sear
 ) -> None:
     accelerator = Accelerator(cpu=True)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    check_parts(compose(["retriever.search=auto"]), accelerator, TODO)
+    check_parts(compose(["retriever.search=auto"]), accelerator, LAST_STAGES)
     with pytest.raises(ConfigError, match="FAISS is not installed"):
-        check_parts(compose(["retriever.search=faiss"]), accelerator, TODO)
+        check_parts(compose(["retriever.search=faiss"]), accelerator, LAST_STAGES)
     check_parts(compose(["retriever.search=faiss"]), accelerator, ["rep", "eerg"])
 
 
@@ -81,7 +82,7 @@ def test_prompts_are_not_kept_where_ranks_share_the_model_out(monkeypatch: pytes
     shared = cast(Accelerator, SimpleNamespace(num_processes=2))
     assert sharding(shared)
     with pytest.raises(ConfigError, match="leave it false with FSDP"):
-        check_parts(compose(["rep.keep_prompts=true"]), shared, TODO)
+        check_parts(compose(["rep.keep_prompts=true"]), shared, LAST_STAGES)
     check_parts(compose(["rep.keep_prompts=true"]), shared, ["eerg"])
 
 
