@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from elmd.cli import guard
+from elmd.engine.files import write_json
 from elmd.errors import ConfigError
-from elmd.training.artifacts import write_json
 
 #: By name: the module, whose function `cases(small)` yields the cases, and what is compared.
 BENCHMARKS = {

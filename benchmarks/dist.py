@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.forks import train, write_llm
 from benchmarks.harness import Case, Way
-from elmd.training.artifacts import CHECKPOINTS
+from elmd.engine.store import CHECKPOINTS
 
 BATCH = 8  # samples of a step of tests/fit_script.py
 

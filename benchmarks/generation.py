@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, TopPLogitsWarper
 from benchmarks.harness import Case, Way
 from benchmarks.samples import INSTRUCTION, MadeUp, drawn
 from benchmarks.ways import attend, small_llm
+from elmd.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.data.collate import Batch
 from elmd.data.encode import Encoded
-from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
+from elmd.models.decode import greedy, nucleus, over, stream
 from elmd.models.elmd import Elmd
-from elmd.models.inference import greedy, nucleus, over, stream
 from elmd.models.llm import freeze
 
 EOS, PAD = 2, 0

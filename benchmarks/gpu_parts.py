@@ -36,8 +36,8 @@ from benchmarks.ways import (
     tried,
 )
 from elmd.data.collate import Batch
+from elmd.models.decode import nucleus, over, stream
 from elmd.models.elmd import Elmd
-from elmd.models.inference import nucleus, over, stream
 
 #: Seconds of a piece of work, the device's own included.
 Clock = Callable[[Callable[[], Any]], float]

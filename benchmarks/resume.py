@@ -21,9 +21,9 @@ from torch import Tensor
 from benchmarks.forks import forked, train, write_llm
 from benchmarks.harness import Case, Way
 from elmd.cli import compose
-from elmd.data.features import SHARDS
+from elmd.engine.store import BEST, CHECKPOINTS
 from elmd.stages.chain import Chain
-from elmd.training.artifacts import BEST, CHECKPOINTS
+from elmd.vision.store import SHARDS
 
 #: The demo, cut down until its trainings are a few steps.
 TINY = [

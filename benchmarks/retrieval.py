@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from benchmarks.harness import Case, Unequal, Way
 from elmd.config import ErmConfig, RetrieverConfig
 from elmd.data.samples import pairs
-from elmd.data.world import SHOWS_TAG, pretraining
-from elmd.retrieval.nearest import Neighbours, Pairs, hnsw, nearest
 from elmd.retrieval.retriever import add_separation, encode
+from elmd.retrieval.search import Neighbours, Pairs, hnsw, nearest
 from elmd.stages.erm import Erm
-from elmd.training.standins import descend, train_retriever
+from elmd.tiny.standins import descend, train_retriever
+from elmd.tiny.world import SHOWS_TAG, pretraining
 
 NONE = Pairs(*torch.zeros(2, 0, dtype=torch.long))
 #: Candidates and width: s · d with m3e-base (768 wide) and with the tiny retriever, and the latter's e_u where many.

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from elmd.data.cped import read_cped
 from elmd.data.encode import Encoded, Encoder
 from elmd.data.examples import Examples, no_features
 from elmd.data.prompts import Prompt
+from elmd.data.readers.cped import read_cped
 from elmd.data.samples import prepare
 from elmd.types import Demonstration
 

@@ -25,14 +25,14 @@ from torch import Tensor
 from benchmarks.harness import Case, Way
 from benchmarks.ways import SCALES
 from elmd.config import Config, VisionConfig, VisionKind
-from elmd.data.features import INDEX, SHARDS, FeatureStore, index_of, read_shards, write_shard
-from elmd.data.video import decode_clips, frame_indices, read_clip, squash
 from elmd.errors import ClipError
 from elmd.labels import EMOTIONS
-from elmd.models.vision import VisionEncoder, VisionShape, pool
 from elmd.stages.base import Job
 from elmd.stages.features import Encoded, Shards
 from elmd.types import Clip, Sample, Utterance
+from elmd.vision.encoder import VisionEncoder, VisionShape, pool
+from elmd.vision.store import INDEX, SHARDS, FeatureStore, index_of, read_shards, write_shard
+from elmd.vision.video import decode_clips, frame_indices, read_clip, squash
 
 FRAMES, FPS = 8, 25
 #: An encoder that takes about as long for a frame as one process takes to decode it.

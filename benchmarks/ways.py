@@ -19,16 +19,16 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.samples import WIDTH, MadeUp
+from elmd.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.data.collate import IGNORED, Batch, Shape, pack
 from elmd.models.adapter import Prefix
 from elmd.models.attention import group_on_cpu
-from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.models.elmd import Elmd
 from elmd.models.llm import freeze
 from elmd.models.memory import step_memory
 from elmd.models.projector import Projector
-from elmd.models.vision import VisionShape
 from elmd.training.tokens import TokenTask
+from elmd.vision.encoder import VisionShape
 
 REP_TARGET = 3  # an emotion word and the end of text
 OPTIMISER = "optimiser"

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def convert(src: Path | None, dst: Path, ptuning: Path | None) -> None:
     import transformers
 
-    from elmd.models.convert.chatglm2 import convert_chatglm2, convert_prefix
+    from elmd.convert.chatglm2 import convert_chatglm2, convert_prefix
 
     transformers.logging.set_verbosity_error()
     if src is None:

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def convert(src: Path, dst: Path) -> None:
-    from elmd.models.convert.visualglm import PROJECTION, convert_visualglm
+    from elmd.convert.visualglm import PROJECTION, convert_visualglm
 
     result = convert_visualglm(src, dst)
     rows: list[list[object]] = [

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from elmd.cli import guard
+from elmd.engine.files import write_text
+from elmd.engine.store import read_manifest
 from elmd.errors import ArtifactError
 from elmd.evaluation.comparison import compare_systems
 from elmd.evaluation.comparison_tables import LEGEND, cell_text, p_text
 from elmd.evaluation.runs import FULL, Job, read_experiment
 from elmd.evaluation.significance import over_seeds
-from elmd.training.artifacts import read_manifest, write_text
 
 #: What Table 3 reports, and the emotion of the reply beside it.
 METRICS = (("paper", "bleu4_char"), ("paper", "meteor_char"), ("paper", "rougeL_char"), ("emotion", "accuracy"))

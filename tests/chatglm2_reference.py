@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from elmd.models.tokenizer import CONTROL, train_pieces
+from elmd.convert.tokenizer import CONTROL, train_pieces
 
 #: Settings of a config.json of the original that all checkpoints share.
 FIXED = {

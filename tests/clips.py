@@ -11,8 +11,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from elmd.data.video import read_clip
 from elmd.types import Clip
+from elmd.vision.video import read_clip
 
 
 def write_video(

@@ -53,12 +53,34 @@ def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llm(tmp_path_factory.mktemp("llm"))
 
 
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `encoders.write_bert`."""
+    from encoders import write_bert
+
+    return write_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def trained_folder(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A retriever with self-separation, as the ERM's stage leaves it."""
+    import torch
+
+    from elmd.retrieval import load_retriever
+    from elmd.retrieval.retriever import add_separation
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("trained")
+    add_separation(load_retriever(bert), 4, "mlp").save_pretrained(str(folder), create_model_card=False)
+    return folder
+
+
 def write_llm(folder: Path, layers: int = 2) -> Path:
     """A random ChatGLM2-shaped model with its tokenizer."""
     import torch
     from transformers import GlmConfig, GlmForCausalLM
 
-    from elmd.models.tokenizer import chatglm2_tokenizer, train_pieces
+    from elmd.convert.tokenizer import chatglm2_tokenizer, train_pieces
 
     words = "高兴惊讶悲伤厌恶愤怒恐惧中性。：\n"
     tokenizer = chatglm2_tokenizer(train_pieces([line + words for line in LINES * 20], 400))

@@ -28,8 +28,8 @@ from elmd.data.encode import Encoder
 from elmd.data.examples import Examples
 from elmd.data.prompts import Prompt
 from elmd.models.adapter import Lora, Prefix
+from elmd.models.decode import generate
 from elmd.models.elmd import Elmd
-from elmd.models.inference import generate
 from elmd.models.llm import load_llm
 from elmd.models.projector import Projector
 from elmd.stages.parts import place

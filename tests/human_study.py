@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from elmd.data.samples import save_samples
+from elmd.engine.files import write_json
 from elmd.evaluation.score import Prediction, write_predictions
 from elmd.human.score import checksum
 from elmd.human.study import FORMAT
 from elmd.labels import Emotion
-from elmd.training.artifacts import write_json
 from elmd.types import Clip, Sample, Utterance
 
 #: What a run's configuration must hold to be named.

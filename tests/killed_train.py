@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import signal
 
+from elmd.engine.store import Store
 from elmd.train import main
 from elmd.training import checkpoint, loop
-from elmd.training.artifacts import Store
 
 what, at = os.environ["KILL_AT"].split(":")
 count = 0

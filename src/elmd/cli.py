@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from elmd import log
 from elmd.config import Config, check
+from elmd.engine.files import digest
 from elmd.errors import ConfigError, ElmdError, TrainingError
-from elmd.training.artifacts import digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -84,9 +84,9 @@ def score_file(path: Path, folder: Path) -> None:
 
 def write_scores(systems: dict[str, Any], responses: list[str] | None, folder: Path, about: dict[str, Any]) -> None:
     """Score, write `scores.json` and the tables into `folder`, and show the first of them."""
+    from elmd.engine.files import write_json
     from elmd.evaluation.score import score_all
     from elmd.evaluation.tables import group_table, with_floors, write_tables
-    from elmd.training.artifacts import write_json
 
     logger.info("scoring %s", ", ".join(systems))
     scores = {**about, **score_all(systems, responses)}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from elmd import log
 from elmd.cli import guard
-from elmd.data.new_dialogue import check_clip, turns
 from elmd.errors import DataError
-from elmd.pack_folder import check_base, fetch, read_facts
+from elmd.pack.dialogue import check_clip, turns
+from elmd.pack.folder import check_base, fetch, read_facts
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def _main() -> None:
 
     import transformers
 
-    from elmd.pack import load_pack
+    from elmd.pack.model import load_pack
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

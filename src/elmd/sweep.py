@@ -34,9 +34,10 @@ from omegaconf.errors import OmegaConfBaseException
 from elmd import log
 from elmd.cli import composition_error, config_dir, experiment_folder, guard, register, typed
 from elmd.config import Config, StageName
+from elmd.engine.files import write_json
+from elmd.engine.store import Store
 from elmd.errors import ConfigError, ElmdError
 from elmd.log import logger
-from elmd.training.artifacts import Store, write_json
 
 #: What a job runs, one after the other, and what sweep.json calls them.
 MODULES = {"train": "elmd.train", "evaluate": "elmd.evaluate"}

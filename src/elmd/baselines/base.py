@@ -25,12 +25,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from elmd.data.examples import Features, no_features
+from elmd.engine.files import write_text
 from elmd.errors import CheckpointError
 from elmd.log import logger
+from elmd.models.decode import greedy, nucleus, over, stream
 from elmd.models.elmd import Choose
-from elmd.models.inference import greedy, nucleus, over, stream
 from elmd.training import loop
-from elmd.training.artifacts import write_text
 from elmd.training.loop import Plan, Progress
 from elmd.training.tokens import PackedTask, token_loss
 from elmd.types import Sample
@@ -333,7 +333,7 @@ def generate(
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """New ids for each sample, without [SEP], decoded as ELMD's are (see `elmd.models.inference.generate`).
+    """New ids for each sample, without [SEP], decoded as ELMD's are (see `elmd.models.decode.generate`).
 
     Args:
         budget: tokens of context per batch, padding included.

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from elmd.baselines.base import CONFIG, WEIGHTS, Baseline, NextLogits, TextBatch
 from elmd.data.collate import IGNORED
-from elmd.training.artifacts import write_json
+from elmd.engine.files import write_json
 from elmd.training.checkpoint import save_tensors
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from elmd.data.source import Notes, RawDialogue, Source
+from elmd.data.readers.source import Notes, RawDialogue, Source
 from elmd.errors import ConfigError, DataError
 from elmd.labels import EMOTIONS, Emotion
 from elmd.types import SPLITS, Clip, Dialogue, Sample, Sentence, Split, Utterance

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from elmd.cli import command
 from elmd.config import Config, OnMissingClip, Reader, check, check_ranges
-from elmd.data.video import IMAGES
 from elmd.doctor.findings import HOMES, Finding
 from elmd.errors import ElmdError
 from elmd.log import is_main, table
+from elmd.vision.video import IMAGES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -15,14 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GlmCon
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from elmd.config import BOOTSTRAP, BaselineName, Config, Sampling, VisionKind
+from elmd.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.data.encode import Encoder
 from elmd.doctor.findings import HOMES, Finding, read_json
+from elmd.dtypes import pick_dtype
+from elmd.engine.hub import is_hub_id
 from elmd.errors import CheckpointError, ConfigError, reason
-from elmd.hub import is_hub_id
 from elmd.labels import WORDS
 from elmd.models.adapter import prefix_shape
-from elmd.models.convert.chatglm2 import CHATGLM2_6B, native_config
-from elmd.models.dtypes import pick_dtype
 from elmd.stages.parts import encoder_of, shortest_prompt
 
 #: Files smaller than this (bytes) hold no weights: what git leaves where large files were not fetched.

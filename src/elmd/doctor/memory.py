@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 
 from elmd.config import AdapterKind, Config, EergConfig, RepConfig
 from elmd.doctor.checkpoints import visual_shape
+from elmd.dtypes import pick_dtype
 from elmd.log import table
-from elmd.models.dtypes import pick_dtype
 from elmd.models.memory import SHARE, Memory, adapter_size, step_memory
 
 GIB = 2**30

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from elmd.engine.files import write_json, write_text
 from elmd.evaluation.comparison import DIFFERS, Cell, Comparison, Row
 from elmd.evaluation.tables import (
     GROUPS,
@@ -25,7 +26,6 @@ from elmd.evaluation.tables import (
     markdown_table,
 )
 from elmd.metrics.text import MEANING
-from elmd.training.artifacts import write_json, write_text
 
 #: Where a system has no such score.
 NONE = "–"

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from elmd.data.samples import load_samples
+from elmd.engine.files import digest
+from elmd.engine.store import MANIFEST, read_manifest
 from elmd.errors import ArtifactError, DataError
 from elmd.evaluation.score import Prediction, check_same, read_predictions, references_of
 from elmd.log import logger
-from elmd.training.artifacts import MANIFEST, digest, read_manifest
 from elmd.types import Sample
 
 ARTIFACTS, PREDICTIONS, SWEEP = "artifacts.json", "predictions.jsonl", "sweep.json"

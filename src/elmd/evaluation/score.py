@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from elmd.engine.files import write_text
 from elmd.errors import DataError
 from elmd.evaluation.significance import bootstrap_interval, over_seeds
 from elmd.labels import Emotion
 from elmd.metrics.emotion import emotion_scores
 from elmd.metrics.text import PROTOCOLS, Metric, signatures, surface, versions
-from elmd.training.artifacts import write_text
 
 REQUIRED = ("id", "hypothesis", "reference")
 ALL_PROTOCOLS = tuple(PROTOCOLS)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elmd.engine.files import write_text
 from elmd.metrics.text import MEANING, PROTOCOLS
-from elmd.training.artifacts import write_text
 
 #: What each table of a file holds, in this order; a group that no system has is left out.
 GROUPS: dict[str, str] = {

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from elmd.engine.files import write_json, write_text
 from elmd.errors import DataError
 from elmd.evaluation.comparison import DIFFERS, LEAST_SAMPLES, LEVEL, NOISE, TOO_FEW
 from elmd.evaluation.paper import paper_kappa, paper_table
@@ -23,7 +24,6 @@ from elmd.evaluation.significance import bootstrap_interval, holm, paired_permut
 from elmd.evaluation.tables import LATEX_NEEDS, latex_table, markdown_escape, markdown_table
 from elmd.human.page import METRICS, SCORES
 from elmd.human.study import FORMAT, GROUND_TRUTH, KEY
-from elmd.training.artifacts import write_json, write_text
 
 #: How disagreement is weighted: every one alike, or by its square.
 WEIGHTS: tuple[Literal["unweighted", "quadratic"], ...] = ("unweighted", "quadratic")

@@ -17,15 +17,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from elmd.data.thumbnails import thumbnails
+from elmd.engine.files import write_json, write_text
 from elmd.errors import DataError
 from elmd.evaluation.comparison import paper_dataset
 from elmd.evaluation.runs import Run, read_experiment
 from elmd.evaluation.score import read_predictions
 from elmd.human.page import Item, Response, render
 from elmd.log import logger
-from elmd.training.artifacts import write_json, write_text
 from elmd.types import Sample
+from elmd.vision.thumbnails import thumbnails
 
 KEY = "key.json"
 #: The name of the gold responses among the systems, as Table 4 has it.

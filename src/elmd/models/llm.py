@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from elmd.dtypes import pick_dtype
 from elmd.errors import CheckpointError, reason
 from elmd.log import logger
 from elmd.models.attention import group_on_cpu
-from elmd.models.dtypes import pick_dtype
 
 
 def load_llm(

@@ -67,11 +67,11 @@ def report(what: Sequence[str], *, human: Path | None = None, out: Path | None =
 
     import transformers
 
+    from elmd.engine.files import write_text
     from elmd.evaluation.comparison import compare_systems, reference_of
     from elmd.evaluation.comparison_tables import write_comparison
     from elmd.report.links import Links
     from elmd.report.page import Part, render, sections
-    from elmd.training.artifacts import write_text
 
     transformers.utils.logging.disable_progress_bar()
     first = given[0].folder or next(iter(given[0].others.values())).parent

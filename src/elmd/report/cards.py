@@ -7,10 +7,10 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
+from elmd.engine.store import MANIFEST, read_manifest
 from elmd.evaluation.runs import Experiment, Missing, Run
 from elmd.report.blocks import Cell, Fold, Runs, Table, Text, Verbatim
 from elmd.report.links import Links
-from elmd.training.artifacts import MANIFEST, read_manifest
 from elmd.types import SPLITS
 
 #: Last lines of a failed job's log that the page shows.

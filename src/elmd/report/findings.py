@@ -14,10 +14,10 @@ from elmd.evaluation.significance import over_seeds
 from elmd.labels import EMOTIONS
 from elmd.log import logger
 from elmd.metrics.text import characters
+from elmd.plots import series
 from elmd.report import svg
 from elmd.report.blocks import Cell, Fold, Plots, Table
 from elmd.report.links import Links
-from elmd.training.plots import series
 
 #: Stages that train, in the order of the chain.
 TRAININGS = {

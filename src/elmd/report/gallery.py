@@ -10,12 +10,12 @@ from random import Random
 from typing import ClassVar
 
 from elmd.data.samples import load_samples
-from elmd.data.thumbnails import thumbnails
 from elmd.evaluation.runs import Experiment
 from elmd.evaluation.score import Prediction
 from elmd.labels import EMOTIONS
 from elmd.retrieval.index import DEMONSTRATIONS, load_demonstrations
 from elmd.types import Demonstration, Sample
+from elmd.vision.thumbnails import thumbnails
 
 #: Pixels of a frame's height; the page shows it a little smaller, so that it is sharp on a phone.
 HEIGHT = 96

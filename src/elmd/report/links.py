@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from elmd.engine.store import MANIFEST
 from elmd.evaluation.runs import Experiment, Run
 from elmd.report.blocks import Cell
-from elmd.training.artifacts import MANIFEST
 
 
 @dataclass(frozen=True, slots=True)

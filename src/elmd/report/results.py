@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from elmd.engine.store import MANIFEST
 from elmd.errors import DataError
 from elmd.evaluation.comparison import DIFFERS, NOISE, TOO_FEW, Comparison, Row
 from elmd.evaluation.comparison import Cell as Score
@@ -21,7 +22,6 @@ from elmd.metrics.text import MEANING
 from elmd.report import svg
 from elmd.report.blocks import Cell, Files, Fold, Plots, Table, Text
 from elmd.report.links import Links
-from elmd.training.artifacts import MANIFEST
 
 #: The paper's columns by metric of the protocol `paper`.
 PRINTED = {key: column for column, key in paper_table("Table 2", "M3ED").metrics.items()}

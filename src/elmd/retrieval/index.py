@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elmd.errors import ArtifactError, DataError
 from elmd.labels import Emotion
-from elmd.retrieval.nearest import Neighbours, Pairs, nearest, nearly_nearest
+from elmd.retrieval.search import Neighbours, Pairs, nearest, nearly_nearest
 from elmd.types import Demonstration, Sample
 
 VECTORS, IDS, DEMONSTRATIONS = "index.safetensors", "ids.json", "demonstrations.jsonl"

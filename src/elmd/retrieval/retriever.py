@@ -21,8 +21,8 @@ from sentence_transformers.util import batch_to_device, load_file_path
 from torch import Tensor
 
 from elmd.data.collate import pack
+from elmd.engine.hub import is_hub_id
 from elmd.errors import CheckpointError, reason
-from elmd.hub import is_hub_id
 from elmd.log import logger, progress
 from elmd.retrieval.self_separation import SelfSeparation
 

@@ -15,13 +15,13 @@ from elmd.baselines.dialogpt import DialoGPT
 from elmd.baselines.livebot import Livebot, Shape
 from elmd.config import BaselineName, Config
 from elmd.data.examples import Features, no_features, shuffled
-from elmd.data.features import FeatureStore
 from elmd.data.samples import load_samples
 from elmd.log import table
 from elmd.stages.base import Job, Outcome
 from elmd.stages.depends import baseline_sees_video, frame_rows
 from elmd.training.loop import Plan
 from elmd.types import Sample
+from elmd.vision.store import FeatureStore
 
 
 def run(cfg: Config, job: Job) -> Outcome:

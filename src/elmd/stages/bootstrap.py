@@ -20,11 +20,11 @@ from typing import Any
 from elmd.config import BootstrapText, Config
 from elmd.data.encode import Encoder
 from elmd.data.samples import load_samples, pairs
-from elmd.data.world import pretraining, topic_of, write_world
 from elmd.errors import DataError
 from elmd.log import table
 from elmd.stages.base import Job, Outcome
-from elmd.training.standins import hold_out, lessons, train_llm, train_retriever, train_tokenizer, train_vision
+from elmd.tiny.standins import hold_out, lessons, train_llm, train_retriever, train_tokenizer, train_vision
+from elmd.tiny.world import pretraining, topic_of, write_world
 from elmd.types import SPLITS, Sample
 
 LIKE = 0.8  # share of the demonstrations in the language model's text that answer a like emotion

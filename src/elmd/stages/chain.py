@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from elmd.config import Config, StageName, plain
+from elmd.engine.files import digest, write_json
+from elmd.engine.store import Store, read_manifest
 from elmd.errors import ArtifactError, ElmdError
 from elmd.log import logger
 from elmd.stages.base import Depends, Job, Outcome, Stage
 from elmd.stages.depends import STAGES
-from elmd.training.artifacts import Store, digest, read_manifest, write_json
 
 T = TypeVar("T")
 

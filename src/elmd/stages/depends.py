@@ -23,11 +23,11 @@ from elmd.config import (
     VisionKind,
     plain,
 )
-from elmd.data import cped
-from elmd.data.jsonl import media_files
+from elmd.data.readers import cped
+from elmd.data.readers.jsonl import media_files
+from elmd.engine.files import digest
 from elmd.errors import ConfigError
 from elmd.stages.base import Depends, Stage
-from elmd.training.artifacts import digest
 
 WORLD = "bootstrap/world"
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from elmd.config import Config
 from elmd.data.samples import load_samples
+from elmd.engine.files import replace_folder
 from elmd.errors import ConfigError, DataError
 from elmd.labels import EMOTIONS, INDEX
 from elmd.log import table
@@ -24,7 +25,6 @@ from elmd.metrics.retrieval import match_scores
 from elmd.retrieval.index import Index
 from elmd.retrieval.retriever import Tokens, add_separation, cut_texts, embed, encode, load_retriever, separation_of
 from elmd.stages.base import Job, Outcome, checkpoint_path
-from elmd.training.artifacts import replace_folder
 from elmd.training.loop import Batch, Plan, fit
 from elmd.types import Sample
 

@@ -24,17 +24,17 @@ import torch
 from torch import Tensor
 
 from elmd.config import Config, Sampling, VisionConfig, VisionKind
-from elmd.data.features import INDEX, SHARDS, index_of, read_shards, write_shard
 from elmd.data.samples import load_samples
-from elmd.data.video import decode_clips, frame_files
+from elmd.dtypes import pick_dtype
+from elmd.engine.files import digest, write_json
 from elmd.errors import CheckpointError, ClipError, ConfigError, DataError
 from elmd.log import logger, progress, table
-from elmd.models.dtypes import pick_dtype
-from elmd.models.vision import FrameEncoder, VisionEncoder, pool
 from elmd.stages.base import Job, Outcome, checkpoint_path
 from elmd.stages.depends import vision_weights
-from elmd.training.artifacts import digest, write_json
 from elmd.types import Clip, Sample
+from elmd.vision.encoder import FrameEncoder, VisionEncoder, pool
+from elmd.vision.store import INDEX, SHARDS, index_of, read_shards, write_shard
+from elmd.vision.video import decode_clips, frame_files
 
 FAILED = "failed.json"
 #: Clips per shard: what a kill costs at most, on each rank. A shard of VisualGLM's features (m = 8) is then 15 MiB.
@@ -45,7 +45,7 @@ CANDIDATES = 16
 
 
 def run(cfg: Config, job: Job) -> Outcome:
-    """Writes `shards/`, `index.json` (see `elmd.data.features`) and `failed.json` (the clips that were given up).
+    """Writes `shards/`, `index.json` (see `elmd.vision.store`) and `failed.json` (the clips that were given up).
 
     Raises:
         DataError: no sample has a clip, more than half of the clips cannot be decoded, or (precomputed) an array is

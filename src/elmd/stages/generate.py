@@ -14,8 +14,8 @@ from elmd.evaluation.runs import PREDICTIONS
 from elmd.evaluation.score import Prediction, write_predictions
 from elmd.labels import Emotion
 from elmd.log import table
+from elmd.models.decode import generate
 from elmd.models.elmd import Elmd
-from elmd.models.inference import generate
 from elmd.stages import baseline
 from elmd.stages.base import Job, Outcome
 from elmd.stages.eerg import task_of

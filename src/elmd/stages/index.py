@@ -14,8 +14,8 @@ from elmd.data.samples import load_samples
 from elmd.errors import ConfigError, DataError
 from elmd.log import logger, table
 from elmd.retrieval.index import DEMONSTRATIONS, Index, Queries, demonstrations, save_demonstrations
-from elmd.retrieval.nearest import load_faiss
 from elmd.retrieval.retriever import encode, load_retriever
+from elmd.retrieval.search import load_faiss
 from elmd.stages.base import Job, Outcome
 from elmd.types import SPLITS, Demonstration, Sample
 

@@ -14,24 +14,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from elmd.config import BOOTSTRAP, Checkpointing, Config, PromptConfig, Search
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples, Features, no_features, shuffled
-from elmd.data.features import FeatureStore
 from elmd.data.prompts import Prompt, Task
 from elmd.data.samples import load_samples
+from elmd.dtypes import pick_dtype
 from elmd.errors import ArtifactError, CheckpointError, ConfigError
 from elmd.labels import EMOTIONS, WORDS, Emotion
 from elmd.log import logger
 from elmd.models.adapter import Lora
-from elmd.models.dtypes import pick_dtype
 from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm, open_llm
 from elmd.models.memory import needs_checkpointing
 from elmd.models.projector import Projector
 from elmd.models.sharding import shard, sharding
 from elmd.retrieval.index import load_demonstrations
-from elmd.retrieval.nearest import load_faiss
+from elmd.retrieval.search import load_faiss
 from elmd.stages.base import Job, checkpoint_path
 from elmd.training.tokens import TokenTask
 from elmd.types import Demonstration, Sample, Utterance
+from elmd.vision.store import FeatureStore
 
 
 @dataclass

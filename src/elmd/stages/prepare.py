@@ -7,15 +7,15 @@ from typing import Any
 
 from elmd.config import Config, Reader
 from elmd.data.audit import audit
-from elmd.data.cped import read_cped
-from elmd.data.jsonl import read_jsonl
-from elmd.data.m3ed import read_m3ed
+from elmd.data.readers.cped import read_cped
+from elmd.data.readers.jsonl import read_jsonl
+from elmd.data.readers.m3ed import read_m3ed
+from elmd.data.readers.source import Source, load_background
 from elmd.data.samples import prepare, save_samples
-from elmd.data.source import Source, load_background
+from elmd.engine.files import write_json
 from elmd.log import table
 from elmd.stages.base import Job, Outcome
 from elmd.stages.depends import WORLD
-from elmd.training.artifacts import write_json
 from elmd.types import SPLITS
 
 SAMPLES, AUDIT = "samples.jsonl", "audit.json"

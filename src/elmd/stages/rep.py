@@ -10,19 +10,19 @@ import torch
 
 from elmd.config import Config
 from elmd.data.examples import Examples
+from elmd.engine.files import write_json
 from elmd.errors import CheckpointError
 from elmd.labels import EMOTIONS
 from elmd.log import logger, table
 from elmd.metrics.emotion import emotion_scores
+from elmd.models.decode import predict_emotions
 from elmd.models.elmd import Elmd
-from elmd.models.inference import predict_emotions
 from elmd.models.kept import kept_bytes
 from elmd.models.projector import Projector
+from elmd.plots import confusion
 from elmd.stages.base import Job, Outcome
 from elmd.stages.parts import Parts, check_kept, load_parts, place
-from elmd.training.artifacts import write_json
 from elmd.training.loop import Plan, fit
-from elmd.training.plots import confusion
 from elmd.training.tokens import TokenTask
 from elmd.types import Sample
 

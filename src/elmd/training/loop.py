@@ -32,11 +32,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from elmd.engine.store import BEST, CHECKPOINTS
 from elmd.errors import TrainingError
 from elmd.log import bar, is_main, logger
+from elmd.plots import curves
 from elmd.training import checkpoint
-from elmd.training.artifacts import BEST, CHECKPOINTS
-from elmd.training.plots import curves
 
 Batch = Sequence[int]
 

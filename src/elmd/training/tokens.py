@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from elmd.data.collate import Shape, pack
 from elmd.data.examples import Examples
+from elmd.models.decode import Packable, over
 from elmd.models.elmd import Elmd
-from elmd.models.inference import Packable, over
 from elmd.models.kept import KeptPrompts
 from elmd.models.sharding import in_step, pass_cost, sharding
 from elmd.training.loop import Batch

@@ -1,0 +1,1 @@
+"""Public checkpoints in formats that transformers cannot read -> folders that it can."""

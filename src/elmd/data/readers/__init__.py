@@ -1,0 +1,1 @@
+"""Readers of data sets: file or folder -> Source."""

@@ -1,0 +1,1 @@
+"""What any chain of stages needs, and nothing of ELMD: files, artifacts, stages, the chain."""

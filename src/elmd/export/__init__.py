@@ -1,1 +1,0 @@
-"""`python -m elmd.export …`: a trained model as a folder of its own, to share and to load."""

@@ -1,1 +1,0 @@
-"""Original checkpoints into folders that transformers loads without remote code."""

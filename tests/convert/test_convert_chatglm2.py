@@ -1,0 +1,510 @@
+"""The ChatGLM2 converter on random checkpoints: the same numbers as the plain reference, and refusals that say why."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from chatglm2_reference import FIXED, PTUNING, logits, random_checkpoint, write_shards
+from conftest import ROOT
+from elmd.convert import shards
+from elmd.convert.chatglm2 import CHATGLM2_6B, convert_chatglm2, convert_prefix, native_config, prefix_table
+from elmd.data.collate import IGNORED, Batch, places
+from elmd.errors import CheckpointError
+from elmd.models.adapter import Prefix
+from elmd.models.elmd import Elmd
+from elmd.models.llm import load_llm
+
+SCRIPT = ROOT / "scripts" / "convert_chatglm2.py"
+
+SIZES = {
+    "odd layers": {"layers": 3, "groups": 2},
+    "one group": {"layers": 1, "groups": 1, "heads": 6, "hidden": 40, "width": 12},
+    "a group for each head": {"layers": 2, "groups": 4, "width": 32, "hidden": 48, "ffn": 20},
+}
+
+
+def padded(rows: int, high: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Left-padded ids, mask and positions [rows, 11]."""
+    ids = torch.randint(3, high, (rows, 11), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    for i in range(rows):
+        mask[i, : 3 * i] = 0
+    return ids * mask, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    random_checkpoint(tmp_path / "src", layers=2, shards=2, format="bin", prefix=5)
+    return tmp_path / "src"
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_equals_the_reference(tmp_path: Path, sizes: dict[str, int], count: int, format: str) -> None:
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    config, weights = random_checkpoint(src, **sizes, shards=count, format=format, prefix=5, seed=count)
+    result = convert_chatglm2(src, dst, src / PTUNING)
+    assert (result.written.files, result.ids, result.prefix) == (count, 405, 5)
+    assert not (tmp_path / "dst.partial").exists()
+
+    llm, _ = load_llm(dst)
+    ids, mask, positions = padded(3, config["padded_vocab_size"])
+    labels = torch.full_like(ids, IGNORED)
+    batch = Batch(
+        ids, torch.zeros_like(ids).bool(), mask.bool(), positions, labels, None, keep=10, at=places(labels, 10)
+    )  # fmt: skip
+    table = weights["transformer.prefix_encoder.embedding.weight"]
+    for model, prefix in ((Elmd(llm), None), (Elmd.load(dst, llm).eval(), table)):
+        ours = model(batch, keep=11).logits
+        theirs = logits(weights, config, ids, mask=mask, positions=positions, prefix=prefix)
+        assert theirs.std() > 0.3
+        assert (ours - theirs)[mask.bool()].abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtype_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    random_checkpoint(tmp_path / "src", dtype=dtype, layers=1)
+    convert_chatglm2(tmp_path / "src", tmp_path / "dst")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "dst/model.safetensors").values()} == {dtype}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dst", dtype="auto").dtype == dtype
+
+
+def test_a_large_file_is_cut(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    convert_chatglm2(checkpoint, whole)
+    monkeypatch.setattr(shards, "LARGEST", 100_000)
+    assert convert_chatglm2(checkpoint, cut).written.files > 2
+    assert all(file.stat().st_size < 110_000 + 1000 for file in cut.glob("*.safetensors"))
+    expected, found = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, cut))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_what_else_the_folder_holds(checkpoint: Path, tmp_path: Path) -> None:
+    convert_chatglm2(checkpoint, tmp_path / "dst")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    generation = model.generation_config
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dst")
+    assert tokenizer.model_max_length == FIXED["seq_length"] == model.config.max_position_embeddings
+    pieces = SentencePieceProcessor(model_proto=(checkpoint / "tokenizer.model").read_bytes())
+    n = pieces.get_piece_size()
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], tokenize=False)
+    assert text == "[Round 1]\n\n问：你好\n\n答："
+    assert tokenizer(text)["input_ids"] == [n + 1, n + 3, *pieces.encode(text)]
+    for typed in ("[gMASK] sop", "</s>", "<unk>eop"):  # control strings in a user's text stay text
+        ids = tokenizer(typed)["input_ids"]
+        assert max(ids[2:]) < n
+        assert not {0, 1, 2} & set(ids)
+        assert ids[2:] == pieces.encode(typed)
+
+
+def test_without_a_tokenizer_the_weights_are_converted_and_it_is_said(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (checkpoint / "tokenizer.model").unlink()
+    with caplog.at_level("WARNING", "elmd"):
+        assert convert_chatglm2(checkpoint, tmp_path / "dst").ids is None
+    assert "tokenizer.model is missing: the result will have no tokenizer" in caplog.text
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    assert not list((tmp_path / "dst").glob("*token*"))
+
+
+def test_others_may_read_what_the_umask_lets_them(checkpoint: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        convert_chatglm2(checkpoint, tmp_path / "dst", checkpoint / PTUNING)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "dst").rglob("*") if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys((p.name for p in files), 0o640)
+
+
+def test_names_without_transformer_in_front(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    _, weights = random_checkpoint(src, layers=1)
+    convert_chatglm2(src, tmp_path / "with")
+    save_file({name.removeprefix("transformer."): value for name, value in weights.items()}, src / "model.safetensors")
+    convert_chatglm2(src, tmp_path / "without")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("with", "without"))
+    assert all(torch.equal(one[name], two[name]) for name in one | two)
+
+
+def test_shards_without_an_index(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "pytorch_model.bin.index.json").unlink()
+    assert convert_chatglm2(checkpoint, tmp_path / "dst").written.files == 2
+
+
+def test_one_file_of_swissarmytransformer(tmp_path: Path) -> None:
+    """`.pt` with the tensors under "module", some of them not wanted."""
+    path, weights = tmp_path / "mp_rank_00_model_states.pt", {"a.x": torch.ones(2, 3), "b.x": torch.zeros(1).half()}
+    torch.save({"module": weights, "iteration": 3}, path)
+    source = shards.Source(path)
+    assert (source.files, source.shapes) == ([path], {"a.x": (2, 3), "b.x": (1,)})
+    assert source.dtypes == {"a.x": torch.float32, "b.x": torch.float16}
+    ((file, tensors),) = source.shards()
+    assert file == path
+    assert torch.equal(tensors["a.x"], weights["a.x"])
+    written = shards.convert(
+        source, lambda name, tensor: {name.upper(): tensor.T}, {"A.X": (3, 2)}, tmp_path / "dst", lambda _: None,
+        what="x", keep=lambda name: name.startswith("a"),
+    )  # fmt: skip
+    assert written == shards.Written(tensors=1, parameters=6, files=1, bytes=24)
+    assert torch.equal(load_file(tmp_path / "dst/model.safetensors")["A.X"], weights["a.x"].T)
+
+
+# --- prefixes ---
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_prefix_is_what_peft_writes(tmp_path: Path, projected: bool) -> None:
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    _, weights = random_checkpoint(src, layers=3, groups=1, prefix=7, projected=projected)
+    convert_chatglm2(src, dst, src / PTUNING)
+    llm, _ = load_llm(dst)
+    prefix = Prefix.create(llm, 7, 0.0)
+    prefix.save(tmp_path / "peft")
+    ours, theirs = (
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (dst / "adapter", tmp_path / "peft")
+    )
+    del ours["base_model_name_or_path"], theirs["base_model_name_or_path"]
+    assert ours == theirs
+
+    part = {name.rpartition("prefix_encoder.")[2]: tensor for name, tensor in weights.items() if "prefix" in name}
+    expected = part["embedding.weight"]
+    if projected:
+        network = torch.nn.Sequential(torch.nn.Linear(96, 64), torch.nn.Tanh(), torch.nn.Linear(64, 96))
+        network.load_state_dict({name.removeprefix("trans."): value for name, value in part.items() if "trans" in name})
+        expected = network(expected).detach()
+    loaded = PeftModel.from_pretrained(load_llm(dst)[0], dst / "adapter").get_prompt(2)
+    table = expected.view(7, 3, 2, 1, 16)
+    for i, layer in enumerate(loaded.layers):
+        for kind, found in enumerate((layer.keys, layer.values)):
+            assert (found - table[:, i, kind].transpose(0, 1)).abs().max() < 1e-6
+
+
+def test_prefix_names_and_places(checkpoint: Path, tmp_path: Path) -> None:
+    """A file or a folder, .bin or safetensors, beside other weights, with and without `transformer.` in front."""
+    config = native_config(json.loads((checkpoint / "config.json").read_text()))
+    expected = prefix_table(checkpoint / PTUNING, config)
+    assert torch.equal(prefix_table(checkpoint / PTUNING / "pytorch_model.bin", config), expected)
+    file = tmp_path / "model.safetensors"
+    save_file({"prefix_encoder.embedding.weight": expected.half(), "transformer.output_layer.weight": expected}, file)
+    found = prefix_table(file, config)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected.half().float())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: {"lm_head.weight": part["embedding.weight"]}, "no whole prefix.*lacks embedding.weight"),
+        (lambda part: part | {"trans.0.bias": torch.ones(4)}, r"lacks trans\.0\.weight, trans\.2\.bias"),
+        (lambda part: {"embedding.weight": part["embedding.weight"][:, :-1]}, r"\[5, 127\], but \[5, 128\] fits"),
+        (
+            lambda part: part | {"trans.0.weight": torch.ones(4, 127), "trans.0.bias": torch.ones(4),
+                                 "trans.2.weight": torch.ones(128, 4), "trans.2.bias": torch.ones(128)},
+            r"trans\.0\.weight is \[4, 127\], but \[4, 128\] fits",
+        ),
+    ],
+)  # fmt: skip
+def test_refused_prefixes(checkpoint: Path, tmp_path: Path, change: Callable, message: str) -> None:
+    file = checkpoint / PTUNING / "pytorch_model.bin"
+    name = "transformer.prefix_encoder."
+    parts = change({key.removeprefix(name): value for key, value in torch.load(file, weights_only=True).items()})
+    torch.save({name + key if "lm_head" not in key else key: value for key, value in parts.items()}, file)
+    with pytest.raises(CheckpointError, match=message):
+        convert_chatglm2(checkpoint, tmp_path / "dst", file)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_prefix_of_a_folder_that_was_converted_before(checkpoint: Path, tmp_path: Path) -> None:
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    convert_chatglm2(checkpoint, together, checkpoint / PTUNING)
+    convert_chatglm2(checkpoint, apart)
+    with pytest.raises(CheckpointError, match="is no converted ChatGLM2"):
+        convert_prefix(checkpoint / PTUNING, checkpoint)
+    assert convert_prefix(checkpoint / PTUNING, apart) == 5
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (together / "adapter" / name).read_bytes() == (apart / "adapter" / name).read_bytes()
+    with pytest.raises(CheckpointError, match="adapter: exists already"):
+        convert_prefix(checkpoint / PTUNING, apart)
+
+
+# --- configurations ---
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"multi_query_attention": False}, "multi_query_attention is False, where only True can be represented"),
+        ({"multi_query_attention": None}, "multi_query_attention is None"),
+        ({"add_bias_linear": True}, "add_bias_linear is True"),
+        ({"rmsnorm": False}, "rmsnorm is False"),
+        ({"post_layer_norm": False}, "post_layer_norm is False"),
+        ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm is True"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"original_rope": False}, "original_rope is False"),
+        ({"rope_ratio": 50}, "rope_ratio is 50.*GLM-4 and the 32k variants"),
+        ({"quantization_bit": 4}, "is quantised to 4 bits; convert the half-precision checkpoint"),
+        ({"pre_seq_len": 128}, r"checkpoint of P-Tuning v2 \(pre_seq_len 128\); give .* this one to --ptuning"),
+        ({"model_type": "llama"}, "model_type is 'llama', not 'chatglm'"),
+        ({"model_type": "glm"}, "is a Glm model already; use it as llm.path"),
+        ({"position_encoding_2d": True}, "is the first ChatGLM"),
+        ({"_name_or_path": "THUDM/chatglm3-6b"}, "is ChatGLM3: the same layers, but prompts made of role tokens"),
+        ({"multi_query_group_num": 3}, "4 heads of width 16 in 3 groups do not fit"),
+        ({"kv_channels": 18}, "4 heads of width 18 in 2 groups do not fit"),
+        ({"kv_channels": 0}, "kv_channels is 0, where something like 128 belongs"),
+        ({"num_layers": "28"}, "num_layers is '28'"),
+        ({"layernorm_epsilon": True}, "layernorm_epsilon is True"),
+    ],
+)
+def test_refused_configurations(checkpoint: Path, tmp_path: Path, change: dict, message: str) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=rf"^{path}: .*{message}"):
+        convert_chatglm2(checkpoint, tmp_path / "dst")
+    assert [found.name for found in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("key", [key for key in CHATGLM2_6B if key not in ("add_qkv_bias", "multi_query_attention")])
+def test_missing_keys(key: str) -> None:
+    assert native_config(CHATGLM2_6B).num_hidden_layers == 28
+    with pytest.raises(CheckpointError, match=key):
+        native_config({name: value for name, value in CHATGLM2_6B.items() if name != key})
+
+
+def test_left_out_settings_have_the_originals_defaults() -> None:
+    assert native_config(CHATGLM2_6B).attention_bias is True
+    plain = {name: value for name, value in CHATGLM2_6B.items() if name != "add_qkv_bias"}
+    assert native_config(plain).attention_bias is False
+    with pytest.raises(CheckpointError, match="multi_query_attention is False"):
+        native_config({name: value for name, value in CHATGLM2_6B.items() if name != "multi_query_attention"})
+
+
+def test_chatglm3_is_known_by_its_role_tokens(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"64795": {"content": "<|user|>"}}}')
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: is ChatGLM3"):
+        convert_chatglm2(checkpoint, tmp_path / "dst")
+
+
+# --- files ---
+
+FIRST, SECOND = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+INDEX = "pytorch_model.bin.index.json"
+
+
+def _index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    found = json.loads((folder / INDEX).read_text())
+    change(found["weight_map"])
+    (folder / INDEX).write_text(json.dumps(found))
+
+
+def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """One file in place of the shards, with `change` made to the weights."""
+    weights = torch.load(folder / FIRST, weights_only=True) | torch.load(folder / SECOND, weights_only=True)
+    for path in (FIRST, SECOND, INDEX):
+        (folder / path).unlink()
+    change(weights)
+    write_shards(folder, weights, 1, "bin")
+
+
+def _cut(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size * 2 // 3)
+
+
+def _as_safetensors(folder: Path) -> Path:
+    weights = torch.load(folder / FIRST, weights_only=True) | torch.load(folder / SECOND, weights_only=True)
+    save_file(weights, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+QKV = "transformer.encoder.layers.1.self_attention.query_key_value.weight"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "src: is not a folder"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: is missing"),
+    "config cut": (lambda f: _cut(f / "config.json"), "config.json: cannot be read"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: is not a JSON object"),
+    "tokenizer a pointer": (
+        lambda f: (f / "tokenizer.model").write_text(POINTER), "tokenizer.model: is not a SentencePiece model"
+    ),
+    "no weights": (lambda f: [p.unlink() for p in f.glob("*.bin*")], "src: holds no weights"),
+    "shard missing": (lambda f: (f / SECOND).unlink(), f"{SECOND}: is missing, but {INDEX} names it"),
+    "shard missing, no index": (
+        lambda f: [(f / SECOND).unlink(), (f / INDEX).unlink()], "holds 1 of 2 files pytorch_model-"
+    ),
+    "shard cut": (lambda f: _cut(f / SECOND), f"{SECOND}: cannot be read"),
+    "shard empty": (lambda f: (f / SECOND).write_bytes(b""), f"{SECOND}: is no checkpoint"),
+    "safetensors cut": (lambda f: _cut(_as_safetensors(f)), "model.safetensors: cannot be read"),
+    "pointer": (lambda f: (f / SECOND).write_text(POINTER), f"{SECOND}: is a Git LFS pointer.*git lfs pull"),
+    "safetensors pointer": (lambda f: _as_safetensors(f).write_text(POINTER), "model.safetensors: is a Git LFS pointe"),
+    "web page": (lambda f: (f / SECOND).write_text("<!DOCTYPE html>"), f"{SECOND}: is a web page"),
+    "code": (lambda f: torch.save({"x": Path("x")}, f / SECOND), f"{SECOND}: holds other objects than tensors"),
+    "numbers": (lambda f: torch.save({"x": 1}, f / SECOND), f"{SECOND}: is not a dictionary of tensors"),
+    "old format": (
+        lambda f: torch.save({"x": torch.ones(1)}, f / SECOND, _use_new_zipfile_serialization=False),
+        f"{SECOND}: is no checkpoint in PyTorch's format",
+    ),
+    "index empty": (lambda f: (f / INDEX).write_text("{}"), f"{INDEX}: has no weight_map"),
+    "index names too few": (
+        lambda f: _index(f, lambda m: m.pop(QKV)), f"the index says that {QKV} is in no file, but it is in {SECOND}"
+    ),
+    "index names too many": (
+        lambda f: _index(f, lambda m: m.update(x=FIRST)), f"the index says that x is in {FIRST}, but it is in no file"
+    ),
+    "index names another file": (
+        lambda f: _index(f, lambda m: m.update({QKV: FIRST})), f"{QKV} is in {FIRST}, but it is in {SECOND}"
+    ),
+    "twice": (
+        lambda f: [torch.save(torch.load(f / FIRST, weights_only=True), f / SECOND), (f / INDEX).unlink()],
+        f"{SECOND}: transformer.* is in {FIRST} too",
+    ),
+    "one missing": (lambda f: _weights(f, lambda w: w.pop(QKV)), r"nothing that becomes .*1\.self_attn\.k_proj"),
+    "one too many": (
+        lambda f: _weights(f, lambda w: w.update({QKV.replace(".1.", ".2."): w[QKV]})),
+        r"becomes model\.layers\.2\.self_attn\.q_proj\.weight, which the model does not have",
+    ),
+    "under two names": (
+        lambda f: _weights(f, lambda w: w.update({QKV.removeprefix("transformer."): w[QKV]})), "both become"
+    ),
+    "unknown": (
+        lambda f: _weights(f, lambda w: w.update(other=w[QKV])), "bin: other is no tensor of ChatGLM2"
+    ),
+    "rows": (lambda f: _weights(f, lambda w: w.update({QKV: w[QKV][1:]})), "has 127 rows, but .* 64 \\+ 32 \\+ 32"),
+    "columns": (lambda f: _weights(f, lambda w: w.update({QKV: w[QKV][:, 1:]})), r"\[64, 63\], but .* is \[64, 64\]"),
+    "quantised": (
+        lambda f: _weights(f, lambda w: w.update({QKV: w[QKV].to(torch.int8)})), "holds int8 numbers: it is quantised"
+    ),
+    "prefix inside": (
+        lambda f: _weights(f, lambda w: w.update({"transformer.prefix_encoder.embedding.weight": w[QKV]})),
+        "belongs to P-Tuning v2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files(checkpoint: Path, tmp_path: Path, damage: str) -> None:
+    act, message = DAMAGE[damage]
+    act(checkpoint)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        convert_chatglm2(checkpoint, tmp_path / "dst")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "src"] == []
+
+
+def test_two_at_once_do_not_spoil_each_other(checkpoint: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "dst.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_text("the other's")
+    handle = os.open(partial, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(CheckpointError, match="dst: is being written by another process; wait for it"):
+        convert_chatglm2(checkpoint, tmp_path / "dst")
+    assert (partial / "model.safetensors").read_text() == "the other's"
+    os.close(handle)  # as if it had been killed
+    convert_chatglm2(checkpoint, tmp_path / "dst")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    assert not partial.exists()
+
+
+def test_a_folder_that_is_taken_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    convert_chatglm2(checkpoint, dst)  # an empty one is not taken
+    before = {path: path.stat().st_mtime_ns for path in dst.iterdir()}
+    with pytest.raises(CheckpointError, match="dst: exists already; move it away"):
+        convert_chatglm2(checkpoint, dst)
+    assert {path: path.stat().st_mtime_ns for path in dst.iterdir()} == before
+
+
+def test_a_disk_that_is_too_small(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match=r"the result takes 0\.0 GB, the disk has 0\.0 GB left; make room"):
+        convert_chatglm2(checkpoint, tmp_path / "dst")
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("bug")])
+def test_nothing_is_left_after_a_failure(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    (tmp_path / "dst.partial").mkdir()  # left by a process that was killed
+    write, done = shards.save_file, []
+
+    def second_fails(tensors: dict, path: Path, **others: object) -> None:
+        if done:
+            raise failure
+        done.append(path)
+        write(tensors, path, **others)
+
+    monkeypatch.setattr(shards, "save_file", second_fails)
+    expected = CheckpointError if isinstance(failure, OSError) else type(failure)
+    with pytest.raises(expected, match="No space left" if isinstance(failure, OSError) else None):
+        convert_chatglm2(checkpoint, tmp_path / "dst")
+    assert done
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_an_embedding_smaller_than_the_tokenizer_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elmd.log.logger.propagate", True)
+    random_checkpoint(tmp_path / "src", layers=1, pieces=400, rows=300)
+    convert_chatglm2(tmp_path / "src", tmp_path / "dst")
+    assert "405 ids, but the embedding only 300 rows" in caplog.text
+
+
+# --- the command line ---
+
+
+def test_script_as_a_user_runs_it(checkpoint: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    done = subprocess.run(
+        [sys.executable, SCRIPT, checkpoint, dst, "--ptuning", checkpoint / PTUNING],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, f"converted: {dst}\n"), done.stderr
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(dst).parameters())
+    assert f"{parameters:,}" in done.stderr
+    assert (dst / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_script_in_parts_and_its_errors(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elmd.log.setup", lambda: None)
+    monkeypatch.delenv("ELMD_DEBUG", raising=False)
+    main = runpy.run_path(str(SCRIPT))["main"]
+    dst = tmp_path / "dst"
+    main([str(checkpoint), str(dst)])
+    main([str(dst), "--ptuning", str(checkpoint / PTUNING)])
+    assert capsys.readouterr().out == f"converted: {dst}\n" * 2
+    assert (dst / "adapter/adapter_model.safetensors").is_file()
+    for arguments, code, told in (
+        ([checkpoint, dst], 1, f"error: {dst}: exists already; move it away, or give another folder for the result.\n"),
+        ([dst], 2, "give SRC and DST, or DST and --ptuning"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert (stopped.value.code, out) == (code, "")
+        assert told in err

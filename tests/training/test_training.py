@@ -1,0 +1,254 @@
+"""The loop: exact resume, guards; artifacts, locks and fingerprints."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+
+from conftest import ROOT
+from elmd.engine.files import digest
+from elmd.engine.store import BEST, Store, read_manifest
+from elmd.errors import ArtifactError, CheckpointError, TrainingError
+from elmd.training import checkpoint
+from elmd.training.loop import Plan, fit, rate
+
+SCRIPT = ROOT / "tests" / "fit_script.py"
+
+
+def train(llm: Path, out: Path, steps: int, *more: str) -> int:
+    command = [sys.executable, str(SCRIPT), str(llm), str(out), str(steps), *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    if done.returncode > 0 and done.returncode != 143:
+        pytest.fail(done.stderr[-3000:])
+    return done.returncode
+
+
+@pytest.fixture(scope="module")
+def whole(llm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train(llm_folder, out, 12) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [
+        ("kill=step:8", -9),
+        pytest.param("kill=step:2", -9, marks=pytest.mark.slow),
+        pytest.param("kill=checkpoint:1", -9, marks=pytest.mark.slow),
+        pytest.param("kill=checkpoint:3", -9, marks=pytest.mark.slow),
+        ("term=step:8", 143),
+    ],
+)
+def test_resume_is_exact(llm_folder: Path, whole: Path, tmp_path: Path, stop: str, code: int) -> None:
+    assert train(llm_folder, tmp_path, 12, "1", stop) == code
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-????????"))
+    assert len(kept) == (0 if stop in ("kill=step:2", "kill=checkpoint:1") else 1), "one whole checkpoint at most"
+    assert train(llm_folder, tmp_path, 12) == 0
+    assert (tmp_path / BEST).read_bytes() == (whole / BEST).read_bytes()
+    for name in ("model", "optimizer"):
+        last = f"checkpoints/step-00000012/{name}.safetensors"
+        assert (tmp_path / last).read_bytes() == (whole / last).read_bytes()
+
+    def lines(folder: Path) -> list[tuple]:
+        entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return [(e["step"], e.get("loss"), e.get("valid/loss")) for e in entries]
+
+    assert lines(tmp_path) == lines(whole)
+
+
+@pytest.mark.slow
+def test_resume_is_exact_where_prompts_begin_alike(
+    llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """REP's split, with an instruction long enough to be run once for all batches."""
+    for name, value in {"ADAPTER": "none", "LONG": "12", "BUDGET": "1200"}.items():
+        monkeypatch.setenv(name, value)
+    assert train(llm_folder, tmp_path / "whole", 12) == 0
+    assert train(llm_folder, tmp_path / "stopped", 12, "1", "kill=step:8") == -9
+    assert train(llm_folder, tmp_path / "stopped", 12) == 0
+    for name in ("model", "optimizer"):
+        last = f"checkpoints/step-00000012/{name}.safetensors"
+        assert (tmp_path / "stopped" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
+def test_the_loop_leaves_what_it_promises(whole: Path) -> None:
+    assert {p.name for p in whole.iterdir()} == {
+        BEST,
+        "checkpoints",
+        "curves.png",
+        "events",
+        "metrics.jsonl",
+    }
+    entries = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == list(range(1, 13))
+    assert [e["step"] for e in entries if "valid/loss" in e] == [0, 4, 8, 12]
+    names = {name.split(".")[0] for name in load_file(whole / BEST)}
+    assert names == {"adapter", "projector"}
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Quadratic:
+    """A task whose loss can be made to fail."""
+
+    def __init__(self, value: float = 1.0):
+        self.modules = {"w": nn.Linear(2, 1)}
+        self.value, self.seen = value, []
+
+    def batches(self, epoch):
+        return [[0, 1], [2]]
+
+    def weight(self, batch):
+        return len(batch)
+
+    def losses(self, batch, rank, world):
+        self.seen.append(list(batch))
+        yield self.modules["w"](torch.ones(2)).pow(2).sum() * self.value, 1
+
+    def evaluate(self):
+        return {"score": -self.modules["w"].weight.abs().sum().item()}
+
+
+def plan(**changes) -> Plan:
+    base = {"rates": {"w": 0.1}, "steps": 5, "seed": 0, "select": "score", "higher_is_better": True,
+            "evaluate_every": 2, "checkpoint_every": 2}  # fmt: skip
+    return Plan(**{**base, **changes})
+
+
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf"), (0.0, "0.0")])
+def test_a_loss_that_is_not_finite_or_zero_ends_the_run(tmp_path: Path, value: float, shown: str) -> None:
+    with pytest.raises(TrainingError, match=f"the loss of step 1 is {shown}; lower the learning rate"):
+        fit(Quadratic(value), plan(), tmp_path, Accelerator(cpu=True), "test")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+#: What a collective says when the other process is gone: gloo's and NCCL's.
+GONE = [
+    RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:44417"),
+    torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:60, remote process exited or there was a network"),
+]
+
+
+@pytest.mark.parametrize("error", GONE)
+def test_a_peer_that_dies_in_an_evaluation_costs_no_step(tmp_path: Path, error: RuntimeError) -> None:
+    torch.manual_seed(0)
+    whole = fit(Quadratic(), plan(), tmp_path / "whole", Accelerator(cpu=True), "test")
+    torch.manual_seed(0)
+    task, found = Quadratic(), []
+
+    def evaluate():
+        found.append(None)
+        if len(found) == 3:  # after the start and step 2: that of step 4
+            raise error
+        return Quadratic.evaluate(task)
+
+    task.evaluate = evaluate
+    with pytest.raises(
+        TrainingError, match=r"another process of this run died at step 5; .* from step 4, which is saved"
+    ):
+        fit(task, plan(), tmp_path / "cut", Accelerator(cpu=True), "test")
+    resumed = fit(task, plan(), tmp_path / "cut", Accelerator(cpu=True), "test")
+    assert resumed.history == whole.history
+    assert len(found) == 3 + 2, "that of step 4 is made up for, then the last"
+
+
+def test_another_error_is_not_taken_for_a_lost_peer(tmp_path: Path) -> None:
+    task = Quadratic()
+    task.evaluate = lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        fit(task, plan(), tmp_path, Accelerator(cpu=True), "test")
+
+
+def test_steps_run_over_epochs_and_the_best_is_kept(tmp_path: Path) -> None:
+    task = Quadratic()
+    progress = fit(task, plan(), tmp_path, Accelerator(cpu=True), "test")
+    assert task.seen == [[0, 1], [2], [0, 1], [2], [0, 1]]
+    assert [entry["step"] for entry in progress.history] == [0, 2, 4, 5]
+    best = max(progress.history, key=lambda entry: entry["score"])
+    assert (progress.best, progress.best_step) == (best["score"], best["step"])
+    assert task.evaluate()["score"] == pytest.approx(progress.best), "the best weights are left in the modules"
+
+
+def test_rates_rise_then_fall() -> None:
+    shape = [rate(step, plan(steps=10, warmup=0.2)) for step in range(10)]
+    assert shape[:3] == [0.5, 1.0, 1.0]
+    assert shape[2:] == sorted(shape[2:], reverse=True)
+    assert shape[-1] == pytest.approx(1 / 8)
+    assert {rate(step, plan(decay=False)) for step in range(5)} == {1.0}
+
+
+def test_checkpoints_of_another_shape_are_refused(tmp_path: Path) -> None:
+    checkpoint.save_tensors(tmp_path / "m.safetensors", checkpoint.tensors({"w": nn.Linear(2, 1)}))
+    with pytest.raises(CheckpointError, match=r"w\.weight has shape \[1, 2\], the model's is \[1, 3\]"):
+        checkpoint.load_tensors(tmp_path / "m.safetensors", {"w": nn.Linear(3, 1)})
+    with pytest.raises(CheckpointError, match=r"holds other tensors than the model trains, first 'v\.bias'"):
+        checkpoint.load_tensors(tmp_path / "m.safetensors", {"v": nn.Linear(2, 1)})
+
+
+def test_digest_sees_values_and_not_key_order() -> None:
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_store_finishes_sets_aside_and_cleans_up(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    partial = store.partial("erm", "f")
+    partial.mkdir(parents=True)
+    store.discard_if_empty("erm", "f")
+    assert not (tmp_path / "runs").exists(), "nothing half-written is left behind"
+    partial.mkdir(parents=True)
+    assert not store.finished("erm", "f")
+    folder = store.finish("erm", "f", {"stage": "erm"})
+    assert store.finished("erm", "f")
+    assert not partial.exists()
+    assert read_manifest(folder) == {"stage": "erm"}
+    aside = store.set_aside("erm", "f")
+    assert aside is not None
+    assert aside.name == "f.old-1"
+    assert store.set_aside("erm", "f") is None
+    with pytest.raises(ArtifactError, match="is not a finished result"):
+        read_manifest(folder)
+
+
+def test_content_follows_bytes_not_names_of_the_folder(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    for name in ("a", "b"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "sub" / "x").write_text("1")
+    assert store.content(tmp_path / "a") == store.content(tmp_path / "b")
+    (tmp_path / "b" / "sub" / "x").write_text("2")
+    assert store.content(tmp_path / "a") != store.content(tmp_path / "b")
+    assert store.content(Path("moka-ai/m3e-base")) == {"hub": "moka-ai/m3e-base"}
+    with pytest.raises(CheckpointError, match=r"nothing-here: no such file or folder"):
+        store.content(tmp_path / "nothing-here")
+
+
+def test_a_second_job_waits_for_the_lock(tmp_path: Path) -> None:
+    store, order = Store(tmp_path / "runs"), []
+
+    def job(name: str, hold: float) -> None:
+        with store.lock("erm", "f"):
+            order.append(f"{name} in")
+            time.sleep(hold)
+            order.append(f"{name} out")
+
+    threads = [threading.Thread(target=job, args=(str(i), 0.1)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(order) == 8
+    assert all(order[i].split()[0] == order[i + 1].split()[0] for i in range(0, 8, 2)), order
+    assert not (tmp_path / "runs").exists()
