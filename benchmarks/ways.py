@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.samples import WIDTH, MadeUp
 from elmd.convert.chatglm2 import CHATGLM2_6B, native_config
-from elmd.data.collate import IGNORED, Batch, Shape, pack
+from elmd.data.collate import IGNORED, Batch, Shape, bin_pack
 from elmd.models.adapter import Prefix
 from elmd.models.attention import group_on_cpu
 from elmd.models.elmd import Elmd
@@ -204,7 +204,7 @@ class Task:
 
     def _no_split(self, batch: Sequence[int]) -> Iterator[Tensor]:
         order = sorted(batch, key=lambda i: self.samples.lengths[i])
-        for positions in pack(self.samples.lengths, order, self.scale.micro_tokens):
+        for positions in bin_pack(self.samples.lengths, order, self.scale.micro_tokens):
             micro = self.samples.batch(positions).to(self.llm.device)
             yield self.model.loss(micro).sum() / self.samples.targets(batch)
 

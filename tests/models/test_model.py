@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from conftest import make_demonstrations, make_samples
-from elmd.data.collate import IGNORED, WORTHWHILE, Batch, collate, pack, shared_beginning
+from elmd.data.collate import IGNORED, WORTHWHILE, Batch, bin_pack, collate, shared_beginning
 from elmd.data.encode import Encoded, Encoder
 from elmd.data.examples import Examples, shuffled
 from elmd.data.prompts import SLOTS, Prompt
@@ -587,12 +587,12 @@ def test_pack_keeps_the_budget_and_every_row() -> None:
     draw = random.Random(0)
     lengths = [draw.randrange(1, 50) for _ in range(40)]
     order = sorted(range(40), key=lengths.__getitem__)
-    groups = pack(lengths, order, 100)
+    groups = bin_pack(lengths, order, 100)
     assert [i for group in groups for i in group] == order
     assert all(max(lengths[i] for i in g) * len(g) <= 100 for g in groups)
     assert len(groups) < 40
-    assert pack([500], [0], 100) == [[0]], "a row longer than the budget"
-    assert pack([], [], 100) == []
+    assert bin_pack([500], [0], 100) == [[0]], "a row longer than the budget"
+    assert bin_pack([], [], 100) == []
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -617,7 +617,7 @@ def test_pack_finds_the_cheapest_cut(split: bool, cost: int) -> None:
                 groups[-1] += [] if cut else [i]
             if all(tokens(group) <= 200 or len(group) == 1 for group in groups):
                 cheapest = min(cheapest, sum(tokens(group) + cost for group in groups))
-        found = pack(lengths, order, 200, before=before if split else None, cost=cost)
+        found = bin_pack(lengths, order, 200, before=before if split else None, cost=cost)
         assert [i for group in found for i in group] == order
         assert sum(tokens(group) + cost for group in found) == cheapest
 
@@ -627,7 +627,7 @@ def test_pack_keeps_the_budget_of_split_batches() -> None:
     rows = [Encoded([5] * draw.randrange(1, 40), 3, [7] * draw.randrange(5), [8, 2]) for _ in range(60)]
     lengths = [row.length for row in rows]
     order = sorted(range(60), key=lengths.__getitem__)
-    groups = pack(lengths, order, 100, before=[len(row.before) for row in rows])
+    groups = bin_pack(lengths, order, 100, before=[len(row.before) for row in rows])
     assert [i for group in groups for i in group] == order
     sizes = [collate([rows[i] for i in g], [torch.zeros(3, 2)] * len(g), split=True).ids.numel() for g in groups]
     assert max(sizes) <= 100

@@ -199,7 +199,7 @@ def shared_beginning(ids: Tensor, slots: Tensor, mask: Tensor) -> Beginning | No
 PASS = 128
 
 
-def pack(
+def bin_pack(
     lengths: Sequence[int], order: Sequence[int], budget: int, *, before: Sequence[int] | None = None, cost: int = PASS
 ) -> list[list[int]]:
     """Cut `order` (positions, sorted by length) into groups of at most `budget` tokens, padding included.

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from elmd.data.collate import Batch, pack
+from elmd.data.collate import Batch, bin_pack
 from elmd.data.examples import Examples
 from elmd.log import progress
 from elmd.models.elmd import Choose, Elmd
@@ -60,7 +60,7 @@ def over(
         passes: of the language model that a batch takes: one and, when generating, another for each new token.
     """
     order = sorted(range(len(examples)), key=lambda i: (-examples.lengths[i], i))
-    groups = pack(examples.lengths, order, budget, cost=passes * pass_cost(accelerator))
+    groups = bin_pack(examples.lengths, order, budget, cost=passes * pass_cost(accelerator))
     world = accelerator.num_processes
     shares = [groups[rank::world] for rank in range(world)]
     todo = in_step(shares, accelerator.process_index, level=sharding(accelerator))

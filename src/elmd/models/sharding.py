@@ -85,7 +85,7 @@ def in_step(shares: Sequence[Sequence[list[int]]], rank: int, *, level: bool) ->
 
 
 def pass_cost(accelerator: Accelerator) -> int:
-    """What a pass of the language model costs beside its tokens, in tokens (see `data.collate.pack`).
+    """What a pass of the language model costs beside its tokens, in tokens (see `data.collate.bin_pack`).
 
     On a GPU an estimate for 6B: kernels are started for 10 ms and weights read for 5, against 50 microseconds a token.
     Where ranks share the model out, its 12 GiB pass between them besides, at some 200 GB/s.

@@ -20,7 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device, load_file_path
 from torch import Tensor
 
-from elmd.data.collate import pack
+from elmd.data.collate import bin_pack
 from elmd.engine.hub import is_hub_id
 from elmd.errors import CheckpointError, reason
 from elmd.log import logger, progress
@@ -172,7 +172,7 @@ def embed(model: SentenceTransformer, tokens: Tokens, members: Sequence[int]) ->
     lengths, order = tokens.lengths(asked).sort(stable=True)
     parts, run = [], 0
     cost = PASS_TOKENS.get(model.device.type, 1024)
-    for group in pack(lengths.tolist(), range(len(asked)), sys.maxsize, cost=cost):
+    for group in bin_pack(lengths.tolist(), range(len(asked)), sys.maxsize, cost=cost):
         features = batch_to_device(tokens.batch(asked[order[group]]), model.device)
         run += features["attention_mask"].numel()
         for module in encoder:

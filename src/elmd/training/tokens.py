@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from elmd.data.collate import Shape, pack
+from elmd.data.collate import Shape, bin_pack
 from elmd.data.examples import Examples
 from elmd.models.decode import Packable, over
 from elmd.models.elmd import Elmd
@@ -48,7 +48,7 @@ class PackedTask:
         batch_size: samples of a global batch, whatever the number of GPUs.
         micro_tokens: tokens per micro-batch, padding included; changes memory and speed, not gradients.
         evaluate: metrics on the selection split.
-        before: how many of each sample's tokens are padded apart from the others (see `pack`).
+        before: how many of each sample's tokens are padded apart from the others (see `bin_pack`).
         by: what of each sample is sorted by, so that like ones come together; None: its length.
     """
 
@@ -89,7 +89,7 @@ class PackedTask:
         """The micro-batches of each rank."""
         order, cost = sorted(batch, key=lambda i: (self.by[i], i)), pass_cost(self.accelerator)
         return [
-            pack(self.examples.lengths, order[one::world], self.micro_tokens, before=self.before, cost=cost)
+            bin_pack(self.examples.lengths, order[one::world], self.micro_tokens, before=self.before, cost=cost)
             for one in range(world)
         ]
 
