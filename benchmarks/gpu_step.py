@@ -89,7 +89,8 @@ from benchmarks.ways import (
 )
 from elmd.errors import ElmdError
 from elmd.models.llm import freeze, pick_dtype
-from elmd.vision.encoder import VisionEncoder, pool
+from elmd.vision.encoder import VisionEncoder
+from elmd.vision.pooling import pool
 
 #: Dense bf16 TFLOP/s by the makers' data sheets, by a part of the device's name (SXM where there are several).
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}

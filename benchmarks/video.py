@@ -30,9 +30,11 @@ from elmd.labels import EMOTIONS
 from elmd.stages.base import Job
 from elmd.stages.features import Encoded, Shards
 from elmd.types import Clip, Sample, Utterance
-from elmd.vision.encoder import VisionEncoder, VisionShape, pool
+from elmd.vision.decode import decode_clips
+from elmd.vision.encoder import VisionEncoder, VisionShape
+from elmd.vision.pooling import pool
 from elmd.vision.store import INDEX, SHARDS, FeatureStore, index_of, read_shards, write_shard
-from elmd.vision.video import decode_clips, frame_indices, read_clip, squash
+from elmd.vision.video import frame_indices, read_clip, squash
 
 FRAMES, FPS = 8, 25
 #: An encoder that takes about as long for a frame as one process takes to decode it.
@@ -85,14 +87,14 @@ def one_by_one(clips: Sequence[Clip], size: int) -> Tensor:
 
 def here(clips: Sequence[Clip], size: int) -> Tensor:
     """The same by ELMD's reader, in this process."""
-    return torch.from_numpy(np.stack([read_clip(clip, FRAMES, size) for clip in clips]))
+    return torch.from_numpy(np.stack([read_clip(clip, FRAMES, size, "decord") for clip in clips]))
 
 
 def in_workers(clips: Sequence[Clip], size: int) -> Tensor:
     """The same as stage `features` reads them."""
     requests = [(str(i), clip) for i, clip in enumerate(clips)]
     found = {}
-    for key, result in decode_clips(requests, frames=FRAMES, size=size, workers=2):
+    for key, result in decode_clips(requests, frames=FRAMES, size=size, decoder="decord", workers=2):
         if isinstance(result, ClipError):
             raise result
         found[key] = result

@@ -61,7 +61,7 @@ def test_what_is_loaded_is_seen() -> None:
 
 def test_a_worker_that_decodes_loads_no_torch() -> None:
     code = (
-        "import sys; from elmd.data import video; video._quiet('decord'); "
+        "import sys; from elmd.vision.decode import load_quietly; load_quietly('decord'); "
         "print([name for name in ('torch', 'decord') if name in sys.modules])"
     )
     done = subprocess.run(

@@ -106,7 +106,7 @@ def test_answered_turns_have_a_clip_that_decodes(world: Path) -> None:
     assert len(named) == sum(SMALL.values())
     assert sorted(named) == sorted(f"clips/{path.name}" for path in (world / "clips").iterdir())
     for name in named:
-        frames = read_clip(Clip(str(world / name)), FRAMES, SIZE)
+        frames = read_clip(Clip(str(world / name)), FRAMES, SIZE, "decord")
         assert frames.shape == (FRAMES, SIZE, SIZE, 3)
         assert np.abs(frames[0].astype(int) - frames[-1]).mean() > 0.3, "the face does not move"
 
@@ -115,7 +115,7 @@ def test_a_clip_shows_the_frames_that_were_drawn(tmp_path: Path) -> None:
     draw = Random(0)
     frames = Actor(draw).act(geometry(Emotion.FEAR, draw), draw)
     write_clip(frames, tmp_path / "clip.mp4")
-    decoded = read_clip(Clip(str(tmp_path / "clip.mp4")), FRAMES, SIZE)
+    decoded = read_clip(Clip(str(tmp_path / "clip.mp4")), FRAMES, SIZE, "decord")
     assert np.abs(decoded.astype(int) - frames).mean() < 6  # of 255: what the codec costs
 
 

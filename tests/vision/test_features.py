@@ -24,7 +24,9 @@ from elmd.stages import depends
 from elmd.stages import features as stage
 from elmd.stages.base import Job
 from elmd.types import Clip, Sample, Utterance
-from elmd.vision.encoder import FrameEncoder, VisionEncoder, pool
+from elmd.vision.encoder import VisionEncoder
+from elmd.vision.pooling import pool
+from elmd.vision.resnet import ResNetEncoder
 from elmd.vision.store import FeatureStore, index_of, read_shards, write_shard
 from elmd.vision.video import read_clip
 from encoders import tiny
@@ -333,19 +335,19 @@ def test_a_resnet_gives_a_vector_for_each_frame(tmp_path: Path, resnet: Path) ->
 
 def test_folders_that_hold_no_resnet(tmp_path: Path, resnet: Path, encoder: VisionEncoder) -> None:
     with pytest.raises(CheckpointError, match=r"vision/config\.json: is no ResNet but .*such as microsoft/resnet-18"):
-        FrameEncoder.load(tmp_path / "vision")
+        ResNetEncoder.load(tmp_path / "vision")
     with pytest.raises(CheckpointError, match=r"none/config\.json: the vision checkpoint lacks this file; .*resnet"):
-        FrameEncoder.load(tmp_path / "none")
+        ResNetEncoder.load(tmp_path / "none")
     weights = load_file(resnet / "model.safetensors")
     first = next(name for name in sorted(weights) if "running_mean" in name)
     save_file({k: v for k, v in weights.items() if k != first}, resnet / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         CheckpointError, match=r"cannot be read as a ResNet \(it lacks 1 weights, the first is .*running_mean"
     ):
-        FrameEncoder.load(resnet)
+        ResNetEncoder.load(resnet)
     (resnet / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"resnet: cannot be read as a ResNet \("):
-        FrameEncoder.load(resnet)
+        ResNetEncoder.load(resnet)
 
 
 # --------------------------------------------------------------------------------------------------- precomputed

@@ -16,7 +16,8 @@ from PIL import Image
 import clips
 from elmd.errors import ClipError, ElmdError
 from elmd.types import Clip
-from elmd.vision.video import decode_clips, frame_indices, read_clip
+from elmd.vision.decode import decode_clips
+from elmd.vision.video import frame_indices, read_clip
 
 
 # ------------------------------------------------------------------------------------------------------ which frames
@@ -106,16 +107,16 @@ def test_the_squash_is_pils_bicubic(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     Image.fromarray(image).save(tmp_path / "f/frame_1.png")
     expected = np.asarray(Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC))
-    assert np.array_equal(read_clip(Clip(str(tmp_path / "f")), 1, 24)[0], expected)
+    assert np.array_equal(read_clip(Clip(str(tmp_path / "f")), 1, 24, "pyav")[0], expected)
 
 
 def test_a_folder_of_frames_in_natural_order(tmp_path: Path) -> None:
     for i in range(12):
         Image.new("RGB", (20, 10), (i * 20,) * 3).save(tmp_path / f"frame_{i}.png")
     (tmp_path / "notes.txt").write_text("no frame")
-    assert read_clip(Clip(str(tmp_path)), 4, 8)[:, 0, 0, 0].tolist() == [20, 80, 140, 200]
+    assert read_clip(Clip(str(tmp_path)), 4, 8, "pyav")[:, 0, 0, 0].tolist() == [20, 80, 140, 200]
     with pytest.raises(ClipError, match="a folder of frames has no clock; leave out the clip's start and end"):
-        read_clip(Clip(str(tmp_path), 0.0, 1.0), 4, 8)
+        read_clip(Clip(str(tmp_path), 0.0, 1.0), 4, 8, "pyav")
 
 
 # ------------------------------------------------------------------------------------------------------- bad clips
@@ -164,9 +165,8 @@ def test_bad_clips_are_named(bad: Path, name: str, start: float, end: float, mes
 
 
 def test_a_span_slightly_too_long_is_cut(bad: Path) -> None:
-    assert np.array_equal(
-        read_clip(Clip(str(bad / "good.mp4"), 1.0, 2.9), 4, 32), read_clip(Clip(str(bad / "good.mp4"), 1.0, 2.0), 4, 32)
-    )
+    long, exact = (read_clip(Clip(str(bad / "good.mp4"), 1.0, end), 4, 32, "decord") for end in (2.9, 2.0))
+    assert np.array_equal(long, exact)
 
 
 # -------------------------------------------------------------------------------------------------- worker processes
@@ -205,9 +205,11 @@ def test_workers_lose_only_the_clips_that_misbehave(bad: Path, tmp_path: Path) -
 
 
 def test_decord_in_workers_equals_decord_here(bad: Path) -> None:
-    [(key, frames)] = decode_clips([("a", Clip(str(bad / "good.mp4"), 0.5, 1.5))], frames=4, size=32, workers=3)
+    [(key, frames)] = decode_clips(
+        [("a", Clip(str(bad / "good.mp4"), 0.5, 1.5))], frames=4, size=32, decoder="decord", workers=3
+    )
     assert key == "a"
-    assert np.array_equal(frames, read_clip(Clip(str(bad / "good.mp4"), 0.5, 1.5), 4, 32))
+    assert np.array_equal(frames, read_clip(Clip(str(bad / "good.mp4"), 0.5, 1.5), 4, 32, "decord"))
 
 
 def test_leaving_early_ends_the_processes(bad: Path, tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_leaving_early_ends_the_processes(bad: Path, tmp_path: Path) -> None:
 def test_a_hung_worker_does_not_outlive_a_killed_run(tmp_path: Path) -> None:
     code = f"""
 import clips
-from elmd.vision.video import decode_clips
+from elmd.vision.decode import decode_clips
 from elmd.types import Clip
 list(decode_clips([("hang", Clip({str(tmp_path / "hang.mp4")!r}))], frames=2, size=16, decoder="pyav", workers=1,
                   timeout_s=600, read=clips.misbehaving))
@@ -250,7 +252,7 @@ def wait_for_pid(path: Path) -> int:
 
 
 def test_no_clips_need_no_workers() -> None:
-    assert list(decode_clips([], frames=4, size=32)) == []
+    assert list(decode_clips([], frames=4, size=32, decoder="pyav")) == []
 
 
 def test_a_decoder_that_is_not_installed_stops_the_run(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from elmd.convert.visualglm import convert_visualglm
 from elmd.errors import CheckpointError
-from elmd.vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder, pool
+from elmd.vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder
+from elmd.vision.pooling import pool
 from elmd.vision.video import squash
 from encoders import tiny
 

@@ -32,9 +32,12 @@ from elmd.log import logger, progress, table
 from elmd.stages.base import Job, Outcome, checkpoint_path
 from elmd.stages.depends import vision_weights
 from elmd.types import Clip, Sample
-from elmd.vision.encoder import FrameEncoder, VisionEncoder, pool
+from elmd.vision.decode import decode_clips
+from elmd.vision.encoder import VisionEncoder
+from elmd.vision.pooling import pool
+from elmd.vision.resnet import ResNetEncoder
 from elmd.vision.store import INDEX, SHARDS, index_of, read_shards, write_shard
-from elmd.vision.video import decode_clips, frame_files
+from elmd.vision.video import frame_files
 
 FAILED = "failed.json"
 #: Clips per shard: what a kill costs at most, on each rank. A shard of VisualGLM's features (m = 8) is then 15 MiB.
@@ -140,7 +143,7 @@ class Encoded:
         self.random = cfg.vision.sampling is Sampling.random
         device = job.accelerator.device
         self.path = checkpoint_path(vision_weights(cfg), "vision", job)
-        kind = FrameEncoder if cfg.vision.kind is VisionKind.resnet else VisionEncoder
+        kind = ResNetEncoder if cfg.vision.kind is VisionKind.resnet else VisionEncoder
         self.encoder = kind.load(self.path, pick_dtype(cfg.vision.dtype, device), device)
         self.made_by = [
             self.encoder.fingerprint(), self.encoder.image_size, cfg.vision.frames, cfg.vision.sampling.value,

@@ -6,14 +6,14 @@ import io
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from elmd.errors import ClipError
 from elmd.log import logger
 from elmd.types import Clip
-from elmd.vision.video import decode_clips, frame_files, read_clip
+from elmd.vision.decode import decode_clips
+from elmd.vision.video import frame_files, read_clip, video_streams
 
 #: JPEG quality: faces stay readable at about 10 kB for 320 × 180. Ours.
 QUALITY = 80
@@ -38,7 +38,7 @@ def thumbnails(
     """
     made: dict[str, list[bytes]] = {key: [] for key in clips}
     failed: list[ClipError] = []
-    # PyAV starts at once; decord, whose pixels are the same, would load torch into every worker first.
+    # PyAV is there on every machine, and its pixels are equal to decord's.
     decoding = decode_clips(
         clips.items(), frames=frames, size=height, decoder="pyav", workers=workers, read=read_thumbnails
     )
@@ -61,11 +61,11 @@ def read_thumbnails(clip: Clip, frames: int, height: int, decoder: str) -> np.nd
     """
     from PIL import Image
 
-    # `read_clip` looks first: its errors are the ones people know. What it squashes is stretched back.
+    # `read_clip` raises the usual errors; the squares it gives are stretched back.
     square = read_clip(clip, frames, 2 * height, decoder)
     wide, tall = _shape(Path(clip.path))
     shape = (max(1, round(wide * min(1.0, height / tall))), min(height, tall))
-    return np.stack([np.asarray(Image.fromarray(one).resize(shape, Image.Resampling.BICUBIC)) for one in square])
+    return np.stack([np.asarray(Image.fromarray(frame).resize(shape, Image.Resampling.BICUBIC)) for frame in square])
 
 
 def _shape(path: Path) -> tuple[int, int]:
@@ -78,8 +78,7 @@ def _shape(path: Path) -> tuple[int, int]:
     import av
 
     with av.open(str(path)) as container:
-        cover = av.stream.Disposition.attached_pic
-        stream: Any = next(one for one in container.streams.video if not one.disposition & cover)
+        stream = video_streams(container)[0]
         pixel = stream.sample_aspect_ratio or 1  # width : height of a pixel, where the file says
         return max(1, round(stream.width * pixel)), stream.height
 

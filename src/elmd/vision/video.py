@@ -1,48 +1,33 @@
-"""Clips to frames: m uniform frames of a span of a video, decoded where a hang or a crash costs one clip only.
+"""Clips to frames: m uniform frames of a span of a video, or of a folder of frames, decoded in this process.
 
-The time line of a video comes from its packets (containers lie about frame counts), the pixels from decord or PyAV.
-Frames always come from the *first* video stream of the container. decord cannot be told which stream to read (it takes
-the "best" one), so a container with several is read by PyAV, as is one that decord cannot handle; where both can read
-a video their pixels are equal.
+When each frame of a video appears comes from its packets (containers report wrong frame counts), the pixels from decord
+or PyAV. Frames always come from the *first* video stream of the container. decord chooses the "best" stream itself, so
+a container with more than one is read by PyAV, as is a video that decord cannot read; where both can read a video,
+their pixels are equal.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import queue
 import re
-import signal
-import subprocess
 import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from elmd.errors import ClipError, ElmdError
+from elmd.errors import ClipError
 from elmd.types import Clip
 
-#: A span may reach this many seconds beyond the last frame (subtitle times are rough); the excess is cut. Ours.
+#: A span may end this many seconds after the last frame (subtitle times are rough); the excess is cut. Ours.
 TOLERANCE_S = 1.0
 #: A file whose header promises this many seconds more than its frames cover is truncated. Ours.
 TRUNCATED_S = 0.5
 #: What counts as a frame in a folder of frames.
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
-#: Until a worker process must have said hello (it imports the decoder, on a loaded machine).
-_START_S = 300.0
-
-ReadClip = Callable[[Clip, int, int, str], np.ndarray]
 
 
-# ---------------------------------------------------------------------------------------------------- which frames
 def frame_indices(starts: Sequence[float] | np.ndarray, start: float, end: float, frames: int) -> np.ndarray:
     """Indices [m] of the frames on screen at the midpoints of m equal parts of [start, end] (eq. 5's input; ours).
 
@@ -52,16 +37,16 @@ def frame_indices(starts: Sequence[float] | np.ndarray, start: float, end: float
         frames: m. With fewer frames in the span than m the same rule repeats frames.
     """
     middles = start + (np.arange(frames) + 0.5) / frames * (end - start)
-    # A midpoint that falls on a frame's first instant belongs to it, whatever the last float digit says.
-    found = np.searchsorted(np.asarray(starts, dtype=np.float64), middles + 1e-6, side="right") - 1
-    return np.clip(found, 0, len(starts) - 1)
+    # A midpoint at a frame's first instant belongs to that frame, however the last float digit is rounded.
+    indices = np.searchsorted(np.asarray(starts, dtype=np.float64), middles + 1e-6, side="right") - 1
+    return np.clip(indices, 0, len(starts) - 1)
 
 
 def squash(image: Any, size: int) -> np.ndarray:
     """A PIL image or uint8 array [H, W, 3] as uint8 [size, size, 3]: both sides stretched, bicubic, by PIL.
 
-    With /255 and mean/std afterwards this is VisualGLM's own preprocessing to the last bit; a decoder's own resize or
-    `F.interpolate` is not.
+    Followed by /255 and mean/std this equals VisualGLM's own preprocessing bit for bit; a decoder's own resize or
+    `F.interpolate` does not.
     """
     from PIL import Image
 
@@ -69,13 +54,13 @@ def squash(image: Any, size: int) -> np.ndarray:
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def read_clip(clip: Clip, frames: int, size: int, decoder: str = "decord") -> np.ndarray:
-    """The m uniform frames of a clip, uint8 [m, size, size, 3], decoded in this process.
+def read_clip(clip: Clip, frames: int, size: int, decoder: str) -> np.ndarray:
+    """The m uniform frames of a clip, uint8 [m, size, size, 3].
 
     Args:
         clip: a video file and a span of it, or a folder of frames (all of it; frames in natural order of their names).
         frames: m.
-        size: side of the square the frames are squashed to, in pixels.
+        size: side in pixels of the square that frames are squashed to.
         decoder: "decord" or "pyav".
 
     Raises:
@@ -84,33 +69,29 @@ def read_clip(clip: Clip, frames: int, size: int, decoder: str = "decord") -> np
     path = Path(clip.path)
     if path.is_dir():
         return _read_folder(clip, frames, size)
-    line = _time_line(path)
-    start, end = _span(clip, line)
-    wanted = frame_indices(line.starts, start, end, frames)
-    unique, back = np.unique(wanted, return_inverse=True)
-    pictures = _decord_frames(path, line, unique) if decoder == "decord" and line.streams == 1 else None
+    stream = _read_stream(path)
+    start, end = _span(clip, stream)
+    wanted = frame_indices(stream.starts, start, end, frames)
+    unique, inverse = np.unique(wanted, return_inverse=True)
+    pictures = _decord_frames(path, stream, unique) if decoder == "decord" and stream.streams == 1 else None
     if pictures is None:
-        pictures = _pyav_frames(path, line, unique)
-    return np.stack([squash(picture, size) for picture in pictures])[back]
+        pictures = _pyav_frames(path, stream, unique)
+    return np.stack([squash(picture, size) for picture in pictures])[inverse]
 
 
-# ------------------------------------------------------------------------------------------------------- the sources
 @dataclass(frozen=True)
-class _TimeLine:
-    """The first video stream of a file: `stamps` [n] in its own ticks, `starts` [n] and ends in seconds from frame 0.
+class _Stream:
+    """The first video stream of a file, as its packets describe it; times in seconds from its first frame."""
 
-    `end` is where the frames end, `promised` where the header says they do (None: it does not say).
-    """
-
-    stream: int
-    streams: int
-    stamps: list[int]
-    starts: np.ndarray
-    end: float
-    promised: float | None
+    index: int  # in the container
+    streams: int  # video streams in the container
+    stamps: list[int]  # [n], in the stream's own time base
+    starts: np.ndarray  # [n], when each frame appears
+    end: float  # when the last frame ends
+    header_end: float | None  # the same by the header; None: it gives no duration
 
 
-def _time_line(path: Path) -> _TimeLine:
+def _read_stream(path: Path) -> _Stream:
     import av
 
     if not path.exists():
@@ -121,101 +102,110 @@ def _time_line(path: Path) -> _TimeLine:
         raise ClipError("the clip is an empty file", where=path, fix="get the file again")
     try:
         with av.open(str(path)) as container:
-            cover = av.stream.Disposition.attached_pic
-            videos = [s for s in container.streams.video if not s.disposition & cover]
+            videos = video_streams(container)
             if not videos:
                 kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
                 raise ClipError(f"the file has no video stream, only {kinds}", where=path)
             stream = videos[0]
             index, base = stream.index, stream.time_base  # a closed container's stream has neither
             packets = [p for p in container.demux(stream) if p.size and not p.is_discard and not p.is_corrupt]
-            lasts = {p.pts: p.duration or 0 for p in packets if p.pts is not None}
-            promised = _promised(container, stream)
+            durations = {p.pts: p.duration or 0 for p in packets if p.pts is not None}
+            header_end = _header_end(container, stream)
     except (av.error.FFmpegError, ValueError) as error:
         raise ClipError(
-            f"the file is no video, or is truncated ({_cause(error)})", where=path, fix="get the file again"
+            f"the file is no video, or is truncated ({first_line(error)})", where=path, fix="get the file again"
         ) from error
-    stamps = sorted(lasts)
+    stamps = sorted(durations)
     if not stamps or base is None:
         raise ClipError("the video has no frames; the file may be truncated", where=path, fix="get the file again")
     starts = np.array([float((stamp - stamps[0]) * base) for stamp in stamps])
-    last = float(lasts[stamps[-1]] * base) or (float(np.median(np.diff(starts))) if len(starts) > 1 else 0.04)
-    return _TimeLine(index, len(videos), stamps, starts, float(starts[-1]) + last, promised)
+    last = float(durations[stamps[-1]] * base) or (float(np.median(np.diff(starts))) if len(starts) > 1 else 0.04)
+    return _Stream(index, len(videos), stamps, starts, float(starts[-1]) + last, header_end)
 
 
-def _promised(container: Any, stream: Any) -> float | None:
-    """How long the header says the stream is, in seconds."""
+def video_streams(container: Any) -> list[Any]:
+    """The video streams of an open PyAV container, without cover pictures."""
+    import av
+
+    cover = av.stream.Disposition.attached_pic
+    return [stream for stream in container.streams.video if not stream.disposition & cover]
+
+
+def _header_end(container: Any, stream: Any) -> float | None:
+    """The stream's duration by the header, in seconds."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     if len(container.streams) == 1 and container.duration is not None:
         return container.duration / 1e6
-    written = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    return int(written[1]) * 3600 + int(written[2]) * 60 + float(written[3]) if written else None
+    match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else None
 
 
-def _span(clip: Clip, line: _TimeLine) -> tuple[float, float]:
+def _span(clip: Clip, stream: _Stream) -> tuple[float, float]:
     """The span of a clip inside its video, in seconds."""
     start = clip.start or 0.0
-    end = clip.end if clip.end is not None else max(line.end, line.promised or 0.0)
+    end = clip.end if clip.end is not None else max(stream.end, stream.header_end or 0.0)
     if (clip.end is not None and end <= start) or start < 0:
         raise ClipError(f"the span {start:.2f}-{end:.2f} s is empty or negative", where=clip.path)
-    if min(end, line.promised or 0.0) > line.end + TRUNCATED_S:
+    if min(end, stream.header_end or 0.0) > stream.end + TRUNCATED_S:
         raise ClipError(
-            f"the video is truncated: its header promises {line.promised:.2f} s, its frames end at {line.end:.2f} s",
+            f"the video is truncated: its header promises {stream.header_end:.2f} s, "
+            f"its frames end at {stream.end:.2f} s",
             where=clip.path,
             fix="get the file again",
         )
-    if start >= line.end or end > line.end + TOLERANCE_S:
+    if start >= stream.end or end > stream.end + TOLERANCE_S:
         raise ClipError(
-            f"the span {start:.2f}-{end:.2f} s lies outside the video, which is {line.end:.2f} s long",
+            f"the span {start:.2f}-{end:.2f} s lies outside the video, which is {stream.end:.2f} s long",
             where=clip.path,
             fix="check the times, or that this is the right video",
         )
-    return start, min(end, line.end)
+    return start, min(end, stream.end)
 
 
-def _decord_frames(path: Path, line: _TimeLine, wanted: np.ndarray) -> list[np.ndarray] | None:
-    """Frames [H, W, 3] at native size; None where decord cannot read what PyAV perhaps can."""
-    if "decord" not in sys.modules:  # loaded before torch it breaks torch, which a worker never loads
+def _decord_frames(path: Path, stream: _Stream, wanted: np.ndarray) -> list[np.ndarray] | None:
+    """Frames [H, W, 3] at native size; None where decord cannot read them (PyAV perhaps can)."""
+    if "decord" not in sys.modules:  # loaded before torch, decord breaks torch; a worker never loads torch
         import torch  # noqa: F401
     import decord
 
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
-        # Another count means another idea of the time line, and so other frames.
-        batch = reader.get_batch(wanted.tolist()).asnumpy() if len(reader) == len(line.starts) else None
+        # With another number of frames, decord's indices mean other frames.
+        batch = reader.get_batch(wanted.tolist()).asnumpy() if len(reader) == len(stream.starts) else None
         del reader
     except (decord.DECORDError, RuntimeError, AssertionError):
         return None
     return None if batch is None else list(batch)
 
 
-def _pyav_frames(path: Path, line: _TimeLine, wanted: np.ndarray) -> list[np.ndarray]:
+def _pyav_frames(path: Path, stream: _Stream, wanted: np.ndarray) -> list[np.ndarray]:
     """Frames [H, W, 3] at native size."""
     import av
 
-    stamps = [line.stamps[i] for i in wanted]
+    stamps = [stream.stamps[i] for i in wanted]
     cause = "they are missing"
-    for seek in (True, False):  # some containers seek past what was asked for
-        found: dict[int, np.ndarray] = {}
+    for seek in (True, False):  # in some containers seeking goes beyond the frame asked for
+        frame_at: dict[int, np.ndarray] = {}
         try:
             with av.open(str(path)) as container:
-                stream: Any = container.streams[line.stream]
+                source: Any = container.streams[stream.index]
                 if seek:
-                    container.seek(stamps[0], stream=stream)
+                    container.seek(stamps[0], stream=source)
                 frame: Any
-                for frame in container.decode(stream):
+                for frame in container.decode(source):
                     if frame.pts in stamps:
-                        found[frame.pts] = frame.to_ndarray(format="rgb24")
+                        frame_at[frame.pts] = frame.to_ndarray(format="rgb24")
                     if frame.pts is not None and frame.pts >= stamps[-1]:
                         break
         except (av.error.FFmpegError, ValueError) as error:
-            cause = _cause(error)
-        if len(found) == len(stamps):
-            return [found[stamp] for stamp in stamps]
-    first = next(line.starts[i] for i, stamp in zip(wanted, stamps, strict=True) if stamp not in found)
+            cause = first_line(error)
+        if len(frame_at) == len(stamps):
+            return [frame_at[stamp] for stamp in stamps]
+    first = next(stream.starts[i] for i, stamp in zip(wanted, stamps, strict=True) if stamp not in frame_at)
     raise ClipError(
-        f"{len(stamps) - len(found)} of {len(stamps)} frames cannot be decoded ({cause}), the first at {first:.2f} s",
+        f"{len(stamps) - len(frame_at)} of {len(stamps)} frames cannot be decoded ({cause}), "
+        f"the first at {first:.2f} s",
         where=path,
         fix="get the file again",
     )
@@ -235,7 +225,7 @@ def _read_folder(clip: Clip, frames: int, size: int) -> np.ndarray:
             with Image.open(names[i]) as image:
                 pictures.append(squash(image, size))
         except (OSError, UnidentifiedImageError, ValueError) as error:
-            raise ClipError(f"the frame cannot be read ({_cause(error)})", where=names[i]) from error
+            raise ClipError(f"the frame cannot be read ({first_line(error)})", where=names[i]) from error
     return np.stack(pictures)
 
 
@@ -248,207 +238,7 @@ def frame_files(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=order)
 
 
-def _cause(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The class and the first line of another library's error, as a part of our sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-# ------------------------------------------------------------------------------------------------ worker processes
-def decode_clips(
-    requests: Iterable[tuple[str, Clip]],
-    *,
-    frames: int,
-    size: int,
-    decoder: str = "decord",
-    workers: int = 2,
-    timeout_s: float = 60.0,
-    ahead: int = 32,
-    read: ReadClip = read_clip,
-) -> Generator[tuple[str, np.ndarray | ClipError], None, None]:
-    """Decode clips in worker processes; yields (key, frames uint8 [m, size, size, 3] or why not) as they are done.
-
-    A decoder may hang for ever (decord does, holding the GIL) or crash: the worker is then killed and replaced, and
-    the clip alone is lost. Up to `ahead` clips are decoded in advance while the caller works. The processes end with
-    the generator, however that comes about.
-
-    Args:
-        requests: (key, clip) pairs; keys name the results.
-        frames, size, decoder: as for `read_clip`.
-        workers: number of processes.
-        timeout_s: seconds one clip may take.
-        ahead: decoded clips kept waiting at most.
-        read: what decodes; a function that a new process can import.
-
-    Raises:
-        ElmdError: the workers cannot run at all (the decoder is not installed, say).
-    """
-    done: queue.Queue[Any] = queue.Queue(maxsize=ahead)
-    stop = threading.Event()
-    pool = _Pool(deque(requests), (frames, size, decoder), workers, timeout_s, read, done, stop)
-    thread = threading.Thread(target=pool.run, name="elmd-decode", daemon=True)
-    thread.start()
-    try:
-        while (item := done.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
-
-
-@dataclass
-class _Worker:
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    deadline: float
-    task: tuple[str, Clip] | None = None
-    ready: bool = False
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-
-
-@dataclass
-class _Pool:
-    """Hands one clip at a time to each worker; runs in a thread of its own so that the caller never holds it up."""
-
-    todo: deque[tuple[str, Clip]]
-    how: tuple[int, int, str]
-    size: int
-    timeout_s: float
-    read: ReadClip
-    done: queue.Queue[Any]
-    stop: threading.Event
-
-    def run(self) -> None:
-        workers: list[_Worker] = []
-        end: BaseException | None = None
-        try:
-            workers += [self._start() for _ in range(min(max(1, self.size), len(self.todo)))]
-            while workers and not self.stop.is_set():
-                for connection in wait([w.connection for w in workers], timeout=self._patience(workers)):
-                    self._hear(next(w for w in workers if w.connection is connection), workers)
-                for worker in list(workers):
-                    # A worker that answered while the caller kept us waiting is not late.
-                    if worker.deadline < time.monotonic() and not worker.connection.poll():
-                        self._late(worker, workers)
-        except BaseException as error:  # the caller's thread raises it
-            end = error
-        finally:
-            for worker in workers:
-                worker.kill()
-            self._put(end)
-
-    def _patience(self, workers: list[_Worker]) -> float:
-        return min(0.2, max(0.0, min(w.deadline for w in workers) - time.monotonic()))  # 0.2: notices `stop` soon
-
-    def _put(self, item: Any) -> None:
-        while not self.stop.is_set():
-            try:
-                self.done.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def _start(self) -> _Worker:
-        here, there = Pipe()
-        with there:
-            # Not multiprocessing's spawn: that would import the caller's main module (hydra, transformers) again.
-            process = subprocess.Popen(
-                [sys.executable, "-c", f"from elmd.vision.video import serve; serve({there.fileno()})"],
-                pass_fds=[there.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
-            )
-        here.send((self.read, self.how))
-        return _Worker(process, here, time.monotonic() + _START_S)
-
-    def _hear(self, worker: _Worker, workers: list[_Worker]) -> None:
-        try:
-            kind, value = worker.connection.recv()
-        except (EOFError, OSError):
-            return self._crashed(worker, workers)
-        if kind == "broken":
-            raise ElmdError(value, where="vision.decoder", fix="install what is missing, or choose the other decoder")
-        if kind == "ready":
-            worker.ready = True
-        else:
-            assert worker.task is not None
-            key = worker.task[0]
-            worker.task = None
-            result = ClipError(value["what"], where=value["where"], fix=value["fix"]) if kind == "bad" else value
-            self._put((key, result))
-        return self._assign(worker, workers)
-
-    def _assign(self, worker: _Worker, workers: list[_Worker]) -> None:
-        if not self.todo:
-            worker.kill()
-            workers.remove(worker)
-            return
-        worker.task = self.todo.popleft()
-        worker.deadline = time.monotonic() + self.timeout_s
-        try:
-            worker.connection.send(worker.task[1])
-        except OSError:
-            self._crashed(worker, workers)
-
-    def _crashed(self, worker: _Worker, workers: list[_Worker]) -> None:
-        code = worker.process.wait()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        self._lose(worker, workers, f"the decoder crashed on the clip ({how})")
-
-    def _late(self, worker: _Worker, workers: list[_Worker]) -> None:
-        self._lose(worker, workers, f"decoding took over {self.timeout_s:g} s and was stopped")
-
-    def _lose(self, worker: _Worker, workers: list[_Worker], what: str) -> None:
-        """Give up a worker and the clip it holds; another takes its place while there is work."""
-        worker.kill()
-        workers.remove(worker)
-        if not worker.ready:
-            raise ElmdError("a process for decoding clips did not start", where="vision.workers")
-        if self.todo:
-            workers.append(self._start())
-        assert worker.task is not None
-        key, clip = worker.task
-        self._put((key, ClipError(what, where=clip.path, fix="re-encode it, or raise vision.timeout_s if it is long")))
-
-
-def serve(descriptor: int) -> None:
-    """The body of a worker process: reads clips from the pipe it was given until that closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a hung worker must not outlive a killed parent
-    connection = Connection(descriptor)
-    read, how = connection.recv()
-    try:
-        _quiet(how[2])
-    except ImportError as error:
-        connection.send(("broken", f"decoder {how[2]!r} cannot be loaded ({_cause(error)})"))
-        return
-    connection.send(("ready", None))
-    while True:
-        try:
-            clip = connection.recv()
-        except EOFError:
-            return
-        try:
-            answer: tuple[str, Any] = ("frames", read(clip, *how))
-        except ElmdError as error:
-            answer = ("bad", {"what": error.what, "where": error.where, "fix": error.fix})
-        except Exception as error:  # whatever a decoder throws at one clip must not cost the others
-            answer = ("bad", {"what": f"decoding failed ({_cause(error)})", "where": clip.path, "fix": None})
-        connection.send(answer)
-
-
-def _quiet(decoder: str) -> None:
-    """Load the decoder and keep its library from writing to the terminal: causes travel in ClipError."""
-    import av
-
-    av.logging.set_level(av.logging.PANIC)
-    if decoder == "decord":
-        import decord  # alone: torch would cost each worker a second of start-up and 200 MB
-
-        decord.logging.set_level(decord.logging.QUIET)
