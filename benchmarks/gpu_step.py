@@ -87,6 +87,7 @@ from benchmarks.ways import (
     peak_bytes,
     tried,
 )
+from elmd.engine.files import write_text
 from elmd.errors import ElmdError
 from elmd.models.llm import freeze, pick_dtype
 from elmd.vision.encoder import VisionEncoder
@@ -419,8 +420,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.out.mkdir(parents=True, exist_ok=True)
             told = report | {"in_the_loop": in_the_loop(report)}
             for file, text in (("gpu_step.json", json.dumps(told, indent=1)), ("gpu_step.md", tables(report))):
-                (args.out / f"{file}.tmp").write_text(text + "\n", encoding="utf-8")
-                (args.out / f"{file}.tmp").replace(args.out / file)
+                write_text(args.out / file, text + "\n")
 
     def task_of(kind: str, llm: Any, scale: Scale, rounds: int, slots: int = SLOTS) -> Task:
         found, longest = lengths(rounds * scale.batch, args.data)

@@ -8,14 +8,13 @@ Nothing is trained here: numbers come from the artifacts' manifests and predicti
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from elmd.cli import guard
-from elmd.engine.files import write_text
+from elmd.engine.files import read_json, write_text
 from elmd.engine.store import read_manifest
 from elmd.errors import ArtifactError
 from elmd.evaluation.comparison import compare_systems
@@ -98,9 +97,9 @@ def rep(jobs: dict, seeds: Sequence[int]) -> str:
     mixed = [artifact(jobs, "none", seed, "rep", shuffle=True) for seed in seeds]
 
     def tag(rep: Path, kind: str) -> dict[str, Any]:
-        return json.loads((rep / "rep.json").read_text())[f"test/{kind}"]["tags"]["text_hides"]
+        return read_json(rep / "rep.json")[f"test/{kind}"]["tags"]["text_hides"]
 
-    world = json.loads((artifact(jobs, "none", seeds[0], "bootstrap/world") / "world.json").read_text(encoding="utf-8"))
+    world = read_json(artifact(jobs, "none", seeds[0], "bootstrap/world") / "world.json")
     a, b = ([tag(one, "projector")["accuracy"] for one in group] for group in (true, mixed))
     n = tag(true[0], "projector")["n"]
     rows = [

@@ -15,7 +15,6 @@ Exit code: 0 all scored, 1 something could not be scored, 2 wrong arguments.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from elmd import log
+from elmd.engine.files import read_json
 from elmd.errors import DataError, ElmdError
 from elmd.evaluation.comparison import compare_systems, reference_of
 from elmd.evaluation.comparison_tables import score_table, write_comparison
@@ -83,7 +83,7 @@ def experiments(path: Path) -> list[Path]:
         if not (file.parent / NAME).is_file():
             continue
         try:
-            name = json.loads(file.read_text(encoding="utf-8"))["config"]["experiment_name"]
+            name = read_json(file)["config"]["experiment_name"]
         except (ValueError, KeyError, TypeError):
             name = None  # reading the experiment says what is wrong with it
         folder = next((one for one in (file.parent, file.parent.parent) if one.name == name), path.absolute())

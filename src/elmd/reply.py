@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import warnings
 from pathlib import Path
 
 from elmd import log
 from elmd.cli import guard
+from elmd.engine.files import read_json
 from elmd.errors import DataError
 from elmd.pack.dialogue import check_clip, turns
 from elmd.pack.folder import check_base, fetch, read_facts
@@ -65,7 +65,7 @@ def read_history(path: Path) -> list[tuple[str, str]]:
         DataError: it cannot be read, or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", where=path, fix="check the path") from error
     except ValueError as error:  # also what is not UTF-8

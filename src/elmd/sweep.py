@@ -8,7 +8,6 @@ share stages through `runs/`: whoever comes second to a stage waits for the firs
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -34,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from elmd import log
 from elmd.cli import composition_error, config_dir, experiment_folder, guard, register, typed
 from elmd.config import Config, StageName
-from elmd.engine.files import write_json
+from elmd.engine.files import read_json, write_json
 from elmd.engine.store import Store
 from elmd.errors import ConfigError, ElmdError
 from elmd.log import logger
@@ -213,7 +212,7 @@ def up_to_date(jobs: Sequence[Job]) -> set[str]:
             raise type(error)(error.what, where=where, fix=error.fix) from error
         scores = job.folder / "scores.json"
         if scores.is_file():
-            scored = Path(job.cfg.runs_dir) / json.loads(scores.read_text(encoding="utf-8"))["predictions"]
+            scored = Path(job.cfg.runs_dir) / read_json(scores)["predictions"]
             if scored.is_file() and scored.parent.resolve() == made.resolve():
                 found.add(job.name)
     return found
@@ -413,7 +412,7 @@ class Sweep:
 
     def _recorded(self) -> list[dict[str, Any]]:
         path = self.folder / STATE
-        return json.loads(path.read_text(encoding="utf-8"))["jobs"] if path.is_file() else []
+        return read_json(path)["jobs"] if path.is_file() else []
 
     def _record(self) -> None:
         """Write what stands; jobs that another sweep has, or had, in the same folder stay as they are."""

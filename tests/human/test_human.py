@@ -324,7 +324,7 @@ def _twice(key: dict[str, Any], path: Path) -> None:
     ("change", "told"),
     [
         (_tamper, "has been changed since its export, or is damaged"),
-        (_twice, r"is not JSON \(a key stands twice\)"),
+        (_twice, r"is not JSON \(the key '.*' occurs twice\)"),
         (lambda key, path: path.write_text("{not json"), "is not JSON"),
         (lambda key, path: path.write_bytes(b"\xff\xfe{"), "is not JSON"),
         (lambda key, path: path.write_text("[]"), "is not a file that a rating page exports"),

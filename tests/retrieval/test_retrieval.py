@@ -276,9 +276,9 @@ def test_demonstrations_survive_the_file(indexed: Any, tmp_path: Path) -> None:
     save_demonstrations(path, found)
     assert load_demonstrations(path) == found
     path.write_text(path.read_text(encoding="utf-8") + '{"sample": "x"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=rf"demonstrations.jsonl:{2 * len(samples) + 1}: is no demonstration"):
+    with pytest.raises(DataError, match=rf"demonstrations.jsonl:{2 * len(samples) + 1}: not a demonstration \("):
         load_demonstrations(path)
-    with pytest.raises(DataError, match="no demonstrations there; make them: stage=index"):
+    with pytest.raises(DataError, match=r"none.jsonl: cannot be read \(No such file or directory\); run stage=index"):
         load_demonstrations(tmp_path / "none.jsonl")
 
 

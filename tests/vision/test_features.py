@@ -336,7 +336,7 @@ def test_a_resnet_gives_a_vector_for_each_frame(tmp_path: Path, resnet: Path) ->
 def test_folders_that_hold_no_resnet(tmp_path: Path, resnet: Path, encoder: VisionEncoder) -> None:
     with pytest.raises(CheckpointError, match=r"vision/config\.json: is no ResNet but .*such as microsoft/resnet-18"):
         ResNetEncoder.load(tmp_path / "vision")
-    with pytest.raises(CheckpointError, match=r"none/config\.json: the vision checkpoint lacks this file; .*resnet"):
+    with pytest.raises(CheckpointError, match=r"none/config\.json: is missing; .*resnet"):
         ResNetEncoder.load(tmp_path / "none")
     weights = load_file(resnet / "model.safetensors")
     first = next(name for name in sorted(weights) if "running_mean" in name)

@@ -14,7 +14,6 @@ clip among others that have one goes around that attention.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 
 from elmd.baselines.base import CONFIG, WEIGHTS, Baseline, NextLogits, TextBatch
 from elmd.data.collate import IGNORED
-from elmd.engine.files import write_json
+from elmd.engine.files import read_json, write_json
 from elmd.training.checkpoint import save_tensors
 
 
@@ -180,6 +179,6 @@ class Livebot(Baseline):
 
     @classmethod
     def load(cls, folder: Path) -> Livebot:
-        model = cls(Shape(**json.loads((folder / CONFIG).read_text(encoding="utf-8"))))
+        model = cls(Shape(**read_json(folder / CONFIG)))
         model.load_state_dict(load_file(folder / WEIGHTS))
         return model.eval()

@@ -8,7 +8,6 @@ memory as a whole: tensors read are pages of the file, and at most `LARGEST` byt
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import pickle
 import re
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from elmd.engine.files import read_object, write_json
 from elmd.errors import CheckpointError, reason
 from elmd.log import progress
 
@@ -151,7 +151,7 @@ def convert(
             weight_map |= dict.fromkeys(result, target)
         if len(parts) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_json(partial / "model.safetensors.index.json", index)
         finish(partial)
     parameters = sum(torch.Size(shape).numel() for shape in wanted.values())
     return Written(len(wanted), parameters, len(files), total)
@@ -213,18 +213,12 @@ def building(folder: Path, size: int) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object of a checkpoint.
 
     Raises:
         CheckpointError: the file is missing or is not one.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(found, dict):
-        raise CheckpointError("is not a JSON object", where=path, fix=_AGAIN)
-    return found
+    return read_object(path, CheckpointError, _AGAIN)
 
 
 def _plan(

@@ -6,12 +6,12 @@ The figure is not public, so the words are ours and live in the configuration.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from elmd.engine.files import read_json, write_json
 from elmd.errors import CheckpointError
 from elmd.labels import WORDS, Emotion
 from elmd.types import Demonstration, Sample
@@ -100,12 +100,12 @@ class Prompt:
         return None, text
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2), encoding="utf-8")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Prompt:
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            return cls(**read_json(path))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 "holds no prompt that this version can read", where=path, fix="train the checkpoint again"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import re
 from collections import Counter
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from elmd.data.readers.source import Notes, RawDialogue, Source
+from elmd.engine.files import read_lines, write_lines
 from elmd.errors import ConfigError, DataError
 from elmd.labels import EMOTIONS, Emotion
 from elmd.types import SPLITS, Clip, Dialogue, Sample, Sentence, Split, Utterance
@@ -329,36 +328,17 @@ def _emotions(utterances: Iterable[Utterance]) -> dict[str, int]:
 
 
 def save_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Write one sample a line; readers see the old file or the whole new one."""
-    new = path.with_name(path.name + ".tmp")
-    with new.open("w", encoding="utf-8", newline="\n") as file:
-        for sample in samples:
-            file.write(json.dumps(_sample_record(sample), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    """Write one sample a line, atomically."""
+    write_lines(path, map(_sample_record, samples))
 
 
 def load_samples(path: Path) -> list[Sample]:
     """The samples of a file written by `save_samples`, equal to what was saved.
 
     Raises:
-        DataError: the file is missing, or a line is not a sample.
+        DataError: the file is missing or empty, or a line is not a sample.
     """
-    samples = []
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    samples.append(_sample(json.loads(line)))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise DataError(
-                        f"not a sample ({type(error).__name__}: {error})",
-                        where=f"{path}:{number}",
-                        fix="run stage=prepare again",
-                    ) from None
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=path, fix="run stage=prepare") from None
+    samples = read_lines(path, _sample, "sample", fix="run stage=prepare")
     if not samples:
         raise DataError("the file holds no sample", where=path, fix="run stage=prepare again")
     return samples

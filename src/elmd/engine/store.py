@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from elmd.engine.files import sha256, write_json
+from elmd.engine.files import read_json, sha256, write_json
 from elmd.engine.hub import is_hub_id
 from elmd.errors import ArtifactError, CheckpointError
 from elmd.log import logger
@@ -127,7 +126,7 @@ class Store:
         if stat.st_size < _REMEMBER:
             return {"bytes": stat.st_size, "sha256": sha256(path)}
         memory = self.root / ".hashes.json"
-        known: dict[str, Any] = json.loads(memory.read_text()) if memory.is_file() else {}
+        known: dict[str, Any] = read_json(memory) if memory.is_file() else {}
         key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
         if known.get(key, {}).get("stamp") != stamp:
             logger.info("hashing %s (%.1f GB, once)", path, stat.st_size / 1e9)
@@ -143,6 +142,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ArtifactError: the folder is no finished result.
     """
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return read_json(folder / MANIFEST)
     except (OSError, ValueError) as error:
         raise ArtifactError("is not a finished result", where=folder, fix="run its stage again") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elmd.data.samples import load_samples
-from elmd.engine.files import digest
+from elmd.engine.files import digest, read_json
 from elmd.engine.store import MANIFEST, read_manifest
 from elmd.errors import ArtifactError, DataError
 from elmd.evaluation.score import Prediction, check_same, read_predictions, references_of
@@ -222,7 +222,7 @@ class Job:
             DataError: the file is not that.
         """
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             config, where = found["config"], found["artifacts"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             fix = "run python -m elmd.evaluate with this job's choices again"
@@ -331,7 +331,7 @@ def _sweep(folder: Path) -> list[dict[str, Any]] | None:
     if not path.is_file():
         return None
     try:
-        jobs = json.loads(path.read_text(encoding="utf-8"))["jobs"]
+        jobs = read_json(path)["jobs"]
         if not all({"job", "overrides", "status"} <= one.keys() for one in jobs):
             raise KeyError("job, overrides, status")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from elmd.engine.files import write_text
+from elmd.engine.files import DuplicateKeyError, parse_json, write_lines
 from elmd.errors import DataError
 from elmd.evaluation.significance import bootstrap_interval, over_seeds
 from elmd.labels import Emotion
@@ -63,8 +63,8 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
                 line[name] = value
         if p.tags:
             line["tags"] = list(p.tags)
-        lines.append(json.dumps(line | dict(p.extra), ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+        lines.append(line | dict(p.extra))
+    write_lines(path, lines)
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -246,14 +246,14 @@ def _bare(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 def _prediction(raw: bytes, where: str) -> Prediction:
     try:
-        line = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        line = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError:
         raise DataError("is not UTF-8", where=where, fix="save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         fix = "each line must be one whole JSON object"
         raise DataError(f"is not JSON ({error.msg} at column {error.colno})", where=where, fix=fix) from None
-    except _DuplicateKeyError as error:
-        raise DataError(f"holds the key {error.args[0]!r} twice", where=where, fix="keep one") from None
+    except DuplicateKeyError as error:
+        raise DataError(f"holds the key {error.key!r} twice", where=where, fix="keep one of them") from None
     if not isinstance(line, dict):
         raise DataError(f"is a JSON {type(line).__name__}, not an object", where=where, fix='write {"id": ..., ...}')
     if missing := [key for key in REQUIRED if key not in line]:
@@ -278,19 +278,6 @@ def _prediction(raw: bytes, where: str) -> Prediction:
         tags=tuple(tags),
         extra=line,
     )
-
-
-class _DuplicateKeyError(Exception):
-    pass
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _DuplicateKeyError(key)
-        found[key] = value
-    return found
 
 
 def _text(value: Any, key: str, where: str) -> str:

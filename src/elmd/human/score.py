@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elmd.engine.files import write_json, write_text
+from elmd.engine.files import read_json, write_json, write_text
 from elmd.errors import DataError
 from elmd.evaluation.comparison import DIFFERS, LEAST_SAMPLES, LEVEL, NOISE, TOO_FEW
 from elmd.evaluation.paper import paper_kappa, paper_table
@@ -46,7 +45,7 @@ def read_key(folder: Path) -> dict[str, Any]:
     """
     path = folder / KEY
     try:
-        key = json.loads(path.read_text(encoding="utf-8"))
+        key = read_json(path)
         if key["format"] != FORMAT or not key["raters"] or not key["systems"]:
             raise ValueError(f"format {key['format']!r}")
     except OSError as error:
@@ -68,7 +67,7 @@ def read_ratings(path: Path, key: Mapping[str, Any]) -> Ratings:
     """
     again = "ask the rater to export again"
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=_once)
+        found = read_json(path)
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", where=path, fix="check the path") from None
     except ValueError as error:  # also what is not UTF-8
@@ -118,12 +117,6 @@ def checksum(study: str, rater: int, scores: Mapping[str, Mapping[str, int]]) ->
     for byte in "|".join([FORMAT, study, str(rater), *rows]).encode():
         value = (value ^ byte) * 0x01000193 % 2**32
     return f"{value:08x}"
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
-    return found
 
 
 def score(

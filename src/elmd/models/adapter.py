@@ -7,7 +7,6 @@ PEFT's own forward moves the positions of the prompt by P, the original leaves t
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from elmd.engine.files import read_json
 from elmd.errors import CheckpointError
 
 
@@ -155,7 +155,7 @@ def load_adapter(llm: PreTrainedModel, folder: Path, *, trainable: bool = False,
         CheckpointError: the folder holds no prefix and no LoRA for this model.
     """
     try:
-        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        saved = read_json(folder / "adapter_config.json")
         if saved["peft_type"] == "LORA":
             return Lora(PeftModel.from_pretrained(llm, str(folder), is_trainable=trainable))
         if saved["peft_type"] != "PREFIX_TUNING":

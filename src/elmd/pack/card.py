@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from elmd.engine.files import read_json
 from elmd.evaluation.tables import GROUPS, group_table, with_floors
 from elmd.models import ADAPTER, PROJECTOR
 from elmd.pack.folder import INDEX, PROMPT, RETRIEVER, TEXTS
@@ -104,7 +104,7 @@ def _parts(facts: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tupl
 
 
 def _leaks(trained: Trained) -> Iterator[str]:
-    audit = json.loads((trained.need("prepare") / "audit.json").read_text(encoding="utf-8"))
+    audit = read_json(trained.need("prepare") / "audit.json")
     for pair, shared in audit["shared_dialogues"].items():
         yield f"dialogues in both of {pair}: {shared['dialogues']}"
     for split, found in audit["responses_in_train"].items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from elmd.config import BOOTSTRAP
 from elmd.data.prompts import Prompt
 from elmd.data.samples import load_samples, save_samples
-from elmd.engine.files import write_json
+from elmd.engine.files import read_json, write_json
 from elmd.engine.hub import is_hub_id
 from elmd.errors import CheckpointError
 from elmd.models import ADAPTER, PROJECTOR
@@ -71,7 +70,7 @@ def _bare(sample: Sample) -> Sample:
 def _copy_adapter(source: Path, target: Path) -> None:
     target.mkdir()
     shutil.copyfile(source / "adapter_model.safetensors", target / "adapter_model.safetensors")
-    settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_json(source / "adapter_config.json")
     settings["base_model_name_or_path"] = None  # a path of this machine; elmd.json names the model
     write_json(target / "adapter_config.json", settings)
 

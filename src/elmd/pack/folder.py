@@ -6,13 +6,12 @@ Loads no library that takes seconds, so that what is wrong with a folder is told
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from elmd.engine.files import digest
+from elmd.engine.files import digest, read_json
 from elmd.engine.hub import is_hub_id, is_hub_name, snapshot
 from elmd.errors import CheckpointError, ConfigError, reason
 from elmd.models import ADAPTER, PROJECTOR
@@ -78,7 +77,7 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
             f"holds {unlisted[0]}, which {FACTS} does not list", where=folder, fix="get the pack again"
         )
     if (modules := folder / RETRIEVER / "modules.json").is_file():
-        for entry in json.loads(modules.read_text(encoding="utf-8")):
+        for entry in read_json(modules):
             if not re.fullmatch(r"\w*", entry["path"]):
                 raise CheckpointError(f"leads to {entry['path']!r}", where=modules, fix="do not use this pack")
 
@@ -91,7 +90,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         ConfigError: it was written by a later version.
     """
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = read_json(folder / FACTS)
         number, whole = facts["format"], {"name", "config", "llm", "vision", "index", "files"} <= facts.keys()
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
@@ -154,7 +153,7 @@ def fingerprint(path: str, parts: tuple[str, ...] = ("",)) -> str | None:
         index = folder / "model.safetensors.index.json"
         shards = {"model.safetensors"}
         if index.is_file():
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed = read_json(index)["weight_map"]
             shards = {shard for name, shard in listed.items() if name.startswith(parts)}
         for shard in shards:
             with safe_open(folder / shard, "pt") as file:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from elmd.config import BOOTSTRAP, BaselineName
+from elmd.engine.files import read_json
 from elmd.engine.store import read_manifest
 from elmd.errors import ArtifactError, ConfigError
 from elmd.log import logger
@@ -59,7 +59,7 @@ def read_job(folder: Path) -> Trained:
     """
     path = folder / "artifacts.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         config, places = found["config"], found["artifacts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if jobs := sorted(inside.parent for inside in folder.glob("*/artifacts.json")):
@@ -94,7 +94,7 @@ def _scores(trained: Trained) -> dict[str, Any] | None:
     if not path.is_file():
         logger.warning("%s: not scored yet, so the card has no scores (python -m elmd.evaluate)", trained.folder)
         return None
-    scores = json.loads(path.read_text(encoding="utf-8"))
+    scores = read_json(path)
     if generated is None or Path(scores.get("predictions", "")).parent.name != generated.name:
         logger.warning("%s is not of this training, so the card has no scores (python -m elmd.evaluate)", path)
         return None

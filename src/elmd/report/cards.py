@@ -7,6 +7,7 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
+from elmd.engine.files import read_json
 from elmd.engine.store import MANIFEST, read_manifest
 from elmd.evaluation.runs import Experiment, Missing, Run
 from elmd.report.blocks import Cell, Fold, Runs, Table, Text, Verbatim
@@ -52,7 +53,7 @@ def data(experiment: Experiment, main: Run, links: Links) -> list[Any]:
         return []
     folder = main.artifacts["prepare"]
     manifest, config = read_manifest(folder), main.config["data"]
-    counts, audit = manifest["counts"], json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+    counts, audit = manifest["counts"], read_json(folder / "audit.json")
 
     def cell(value: Any) -> Cell:
         return Cell(f"{value:,}", links.to(folder / MANIFEST))
@@ -111,7 +112,7 @@ def data(experiment: Experiment, main: Run, links: Links) -> list[Any]:
 def prompt(main: Run) -> list[Any]:
     """The texts of the prompt that the model was trained with."""
     file = main.artifacts.get("eerg", Path()) / "prompt.json"
-    parts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else main.config.get("prompt", {})
+    parts = read_json(file) if file.is_file() else main.config.get("prompt", {})
     known = {name: parts[name] for name in PARTS if name in parts}
     if not known:
         return []
@@ -185,7 +186,7 @@ def missing(experiment: Experiment) -> list[Any]:
                    for one in experiment.missing if one.log is not None and one.log.is_file()]  # fmt: skip
     clips = {run.artifacts["features"] for run in experiment.runs if "features" in run.artifacts}
     for folder in sorted(clips):
-        failed = json.loads((folder / "failed.json").read_text(encoding="utf-8"))
+        failed = read_json(folder / "failed.json")
         if failed:
             rows = [
                 [Cell(str(one.get("clip") or one.get("features"))), str(len(one["samples"])), Cell(one["error"])]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from elmd.engine.files import read_json
 from elmd.errors import ElmdError
 from elmd.evaluation.runs import ABLATIONS, BASELINES, FULL, Experiment, Run
 from elmd.evaluation.significance import over_seeds
@@ -98,7 +98,7 @@ def rep(experiment: Experiment, main: str, links: Links) -> list[Any]:
     """Accuracy of REP beside what needs no projector, and the main system's confusion matrix."""
     rows, by_tag = [], []
     for systems, folders in owners(experiment.runs, "rep").items():
-        found = [json.loads((folder / "rep.json").read_text(encoding="utf-8")) for folder in folders]
+        found = [read_json(folder / "rep.json") for folder in folders]
         cells = [Cell(", ".join(systems)), str(len(folders))]
         for kind, key in (("projector", "accuracy"), ("projector", "weighted_f1"), ("text_only", "accuracy")):
             cells.append(links.cell(spread([one[f"test/{kind}"][key] for one in found]), systems[0], folders))
@@ -125,7 +125,7 @@ def rep(experiment: Experiment, main: str, links: Links) -> list[Any]:
         )
     mine = {run.artifacts["rep"] for run in experiment.systems[main] if "rep" in run.artifacts}
     if mine:
-        found = [json.loads((folder / "rep.json").read_text(encoding="utf-8")) for folder in sorted(mine)]
+        found = [read_json(folder / "rep.json") for folder in sorted(mine)]
         matrices = [one["test/projector"]["confusion"] for one in found]
         blocks.append(confusion(matrices, f"Confusion of {main}'s projector, test", len(found)))
     return blocks

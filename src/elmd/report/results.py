@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from elmd.engine.files import read_json
 from elmd.engine.store import MANIFEST
 from elmd.errors import DataError
 from elmd.evaluation.comparison import DIFFERS, NOISE, TOO_FEW, Comparison, Row
@@ -298,7 +298,7 @@ class Study:
         if not file.is_file():
             raise DataError("holds no human.json", where=folder, fix="run python -m elmd.human score first")
         try:
-            return cls(file, json.loads(file.read_text(encoding="utf-8")))
+            return cls(file, read_json(file))
         except (OSError, ValueError) as error:
             fix = "run python -m elmd.human score again"
             raise DataError(f"cannot be read ({type(error).__name__})", where=file, fix=fix) from None

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from elmd.engine.files import atomic, read_json, read_lines, write_lines, write_text
 from elmd.errors import ArtifactError, DataError
 from elmd.labels import Emotion
 from elmd.retrieval.search import Neighbours, Pairs, nearest, nearly_nearest
@@ -62,12 +64,10 @@ class Index:
 
     def save(self, folder: Path) -> None:
         """Write `index.safetensors` and `ids.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        new = folder / (VECTORS + ".tmp")
-        save_file({key: vectors.contiguous() for key, vectors in self.vectors.items()}, new)
-        new.replace(folder / VECTORS)
+        with atomic(folder / VECTORS) as new:
+            save_file({key: vectors.contiguous() for key, vectors in self.vectors.items()}, new)
         entries = [{"id": i, "dialogue": d} for i, d in zip(self.ids, self.dialogues, strict=True)]
-        _write(folder / IDS, json.dumps(entries, ensure_ascii=False, indent=0))
+        write_text(folder / IDS, json.dumps(entries, ensure_ascii=False, indent=0) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Index:
@@ -78,7 +78,7 @@ class Index:
         """
         try:
             vectors = load_file(folder / VECTORS)
-            entries = json.loads((folder / IDS).read_text(encoding="utf-8"))
+            entries = read_json(folder / IDS)
             index = cls([entry["id"] for entry in entries], [entry["dialogue"] for entry in entries], vectors)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
@@ -203,8 +203,7 @@ def demonstrations(
 
 def save_demonstrations(path: Path, found: Mapping[str, Sequence[Demonstration]]) -> None:
     """Write one demonstration a line, in the order of samples, nearest first."""
-    lines = [json.dumps(asdict(one), ensure_ascii=False) for several in found.values() for one in several]
-    _write(path, "\n".join(lines))
+    write_lines(path, (asdict(one) for several in found.values() for one in several))
 
 
 def load_demonstrations(path: Path) -> dict[str, list[Demonstration]]:
@@ -214,23 +213,10 @@ def load_demonstrations(path: Path) -> dict[str, list[Demonstration]]:
         DataError: naming the line that is no demonstration.
     """
     result: dict[str, list[Demonstration]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # not splitlines: U+2028 is legal inside
-    except OSError as error:
-        raise DataError("no demonstrations there", where=path, fix="make them: stage=index") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            fields = json.loads(line)
-            one = Demonstration(**{**fields, "emotion": Emotion(fields["emotion"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"is no demonstration ({error})", where=f"{path}:{number}", fix="make it again: stage=index force=true"
-            ) from error
-        result.setdefault(one.sample, []).append(one)
+    for demonstration in read_lines(path, _demonstration, "demonstration", fix="run stage=index"):
+        result.setdefault(demonstration.sample, []).append(demonstration)
     return result
 
 
-def _write(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".tmp")
-    new.write_text(text + "\n", encoding="utf-8")
-    new.replace(path)
+def _demonstration(record: dict[str, Any]) -> Demonstration:
+    return Demonstration(**{**record, "emotion": Emotion(record["emotion"])})

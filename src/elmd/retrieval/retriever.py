@@ -6,7 +6,6 @@ flattened output of self-separation; a raw retriever, not trained by ELMD, has `
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from os import PathLike
@@ -21,6 +20,7 @@ from sentence_transformers.util import batch_to_device, load_file_path
 from torch import Tensor
 
 from elmd.data.collate import bin_pack
+from elmd.engine.files import read_json
 from elmd.engine.hub import is_hub_id
 from elmd.errors import CheckpointError, reason
 from elmd.log import logger, progress
@@ -59,7 +59,7 @@ def load_retriever(
             encoder = Transformer(source, model_kwargs=dict(_MODEL_KWARGS))
             modules = [encoder, Pooling(encoder.get_embedding_dimension(), "mean")]
         else:
-            modules = [_load_module(source, entry) for entry in json.loads(Path(listing).read_text(encoding="utf-8"))]
+            modules = [_load_module(source, entry) for entry in read_json(Path(listing))]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot be loaded as a sentence encoder ({reason(error)})",
@@ -99,7 +99,7 @@ def _load_module(source: str, entry: dict[str, str]) -> Any:
 def _prompts(source: str) -> dict[str, Any]:
     """What the checkpoint puts before each text, if anything; a retriever keeps it."""
     path = load_file_path(source, "config_sentence_transformers.json")
-    settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    settings = read_json(Path(path)) if path else {}
     return {name: settings[name] for name in ("prompts", "default_prompt_name") if settings.get(name)}
 
 

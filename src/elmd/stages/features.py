@@ -10,7 +10,6 @@ one note per rank when it is done. A clip that cannot be used costs that clip: i
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import time
@@ -26,7 +25,7 @@ from torch import Tensor
 from elmd.config import Config, Sampling, VisionConfig, VisionKind
 from elmd.data.samples import load_samples
 from elmd.dtypes import pick_dtype
-from elmd.engine.files import digest, write_json
+from elmd.engine.files import digest, read_json, write_json
 from elmd.errors import CheckpointError, ClipError, ConfigError, DataError
 from elmd.log import logger, progress, table
 from elmd.stages.base import Job, Outcome, checkpoint_path
@@ -326,7 +325,7 @@ def _notes(folder: Path, world: int) -> list[dict[str, str]]:
     notes = [folder / f"rank-{rank}.json" for rank in range(world)]
     while not all(note.is_file() for note in notes):
         time.sleep(0.2)
-    return [json.loads(note.read_text(encoding="utf-8")) for note in notes]
+    return [read_json(note) for note in notes]
 
 
 def _content(path: Path) -> str:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from elmd.engine.files import atomic, read_json
 from elmd.errors import CheckpointError
 
 Modules = Mapping[str, nn.Module]
@@ -36,10 +37,8 @@ def tensors(modules: Modules) -> dict[str, Tensor]:
 
 def save_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
     """Write tensors to a safetensors file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".tmp")
-    save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, new)
-    new.replace(path)
+    with atomic(path) as new:
+        save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, new)
 
 
 def load_tensors(path: Path, modules: Modules) -> None:
@@ -89,7 +88,7 @@ def load_latest(folder: Path, modules: Modules, optimizer: torch.optim.Optimizer
         return None
     load_tensors(whole[-1] / "model.safetensors", modules)
     _load_optimizer(optimizer, load_file(whole[-1] / "optimizer.safetensors"))
-    return json.loads((whole[-1] / "state.json").read_text())
+    return read_json(whole[-1] / "state.json")
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

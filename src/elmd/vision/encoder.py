@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elmd.engine.files import write_json
+from elmd.engine.files import atomic, write_json
 from elmd.errors import CheckpointError
 from elmd.vision.weights import (
     CONFIG,
@@ -113,10 +113,8 @@ class VisionEncoder(nn.Module):
         """Write `config.json` and `model.safetensors` (names of transformers' Blip2Model)."""
         from safetensors.torch import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
-        new = folder / f"{WEIGHTS}.tmp"
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, new, {"format": "pt"})
-        new.replace(folder / WEIGHTS)
+        with atomic(folder / WEIGHTS) as new:
+            save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, new, {"format": "pt"})
         self.shape.save(folder)
 
     @classmethod

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from elmd.engine.files import atomic, read_json
 from elmd.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class FeatureStore:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            index = read_json(folder / INDEX)
             self.tokens, self.width = int(index["tokens"]), int(index["width"])
             self._samples: dict[str, str | None] = index["samples"]
             self._clips: dict[str, tuple[str, int]] = index["clips"]
@@ -88,11 +89,9 @@ def write_shard(path: Path, features: Mapping[str, Tensor]) -> None:
     import torch
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".tmp")
     stacked = torch.stack([tensor.to(device="cpu", dtype=torch.float16) for tensor in features.values()])
-    save_file({"features": stacked}, new, {"keys": json.dumps(list(features))})
-    new.replace(path)
+    with atomic(path) as new:
+        save_file({"features": stacked}, new, {"keys": json.dumps(list(features))})
 
 
 def read_shards(folder: Path) -> dict[str, Place]:

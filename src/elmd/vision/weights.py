@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elmd.engine.files import read_object
 from elmd.engine.hub import is_hub_id, snapshot, unfetched
 from elmd.errors import CheckpointError
 
@@ -44,19 +45,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, or is no JSON object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            "the vision checkpoint lacks this file",
-            where=path,
-            fix="check vision.path in the configuration (of a ResNet: baseline.resnet)",
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"is not JSON ({error})", where=path, fix="get the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError("is not a JSON object", where=path, fix="get the file again")
-    return value
+    fix = "check vision.path in the configuration (of a ResNet: baseline.resnet), or get the file again"
+    return read_object(path, CheckpointError, fix)
 
 
 def read_preprocessor(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from elmd.engine import files
 from elmd.errors import ConfigError, DataError
 from elmd.labels import EMOTIONS, Emotion
 from elmd.types import Sentence, Split
@@ -103,59 +104,30 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-class _Twice(dict[str, Any]):
-    """A JSON object that held `key` twice; Python alone would keep the last silently."""
-
-    key = ""
-
-
 def parse_json(text: str, path: Path, line: int | None = None) -> Any:
     """The value of a JSON text; `line` is where the text stands in its file when it is one line of a JSONL file.
 
     Raises:
         DataError: broken JSON (with the line), or a key twice in one object (with the keys that lead to it).
     """
-    twice: list[_Twice] = []
-
-    def build(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(items)
-        if len(value) == len(items):
-            return value
-        names = [name for name, _ in items]
-        marked = _Twice(value)
-        marked.key = next(name for i, name in enumerate(names) if name in names[:i])
-        twice.append(marked)
-        return marked
-
     try:
-        value = json.loads(text, object_pairs_hook=build)
+        return files.parse_json(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"broken JSON at column {error.colno} ({error.msg}), cut off perhaps",
             where=f"{path}:{line or error.lineno}",
-            fix="mend the line or download the file again",
+            fix="correct the line or download the file again",
         ) from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, or nesting without end
+    except files.DuplicateKeyError as error:
+        trail = "/".join(error.trail)
+        where = f"{path}:{line}" if line else f"{path}: {trail}" if trail else f"{path}"
+        raise DataError(
+            f"the key {error.key!r} occurs twice in one object", where=where, fix="keep one of them"
+        ) from None
+    except ValueError:  # nested too deeply, or a number of thousands of digits
         raise DataError(
             "JSON that no data set would hold", where=path, fix="compare it with the layout in data/README.md"
         ) from None
-    if twice:
-        trail = "/".join(_trail(value, twice[0]) or ())
-        where = f"{path}:{line}" if line else f"{path}: {trail}" if trail else f"{path}"
-        raise DataError(f"the key {twice[0].key!r} occurs twice in one object", where=where, fix="keep one of them")
-    return value
-
-
-def _trail(value: Any, target: dict[str, Any]) -> list[str] | None:
-    """Keys and positions that lead from `value` to `target`."""
-    if value is target:
-        return []
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in inner:
-        rest = _trail(item, target)
-        if rest is not None:
-            return [str(key), *rest]
-    return None
 
 
 def get(record: dict[str, Any], key: str, kind: type[T], where: str) -> T:
