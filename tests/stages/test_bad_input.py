@@ -160,7 +160,7 @@ CASES: dict[str, tuple[Make, str]] = {
     # M3ED
     "m3ed, cut off": (
         cut_off,
-        r"annotation\.json:\d{3}: broken JSON at column \d+ \(.*\), cut off perhaps; mend the line or",
+        r"annotation\.json:\d{3}: broken JSON at column \d+ \(.*\), cut off perhaps; correct the line or",
     ),
     "m3ed, key twice": (
         annotation('"Text": "第0句",', '"Text": "第0句", "Text": "又一句",'),
