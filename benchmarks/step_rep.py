@@ -1,8 +1,7 @@
 """A training step of REP with its causal split, against the same without it and against a padded stock batch.
 
 The language model is frozen and looks back only, so the tokens before the video slots run without gradient, and nothing
-of them is kept for the backward pass but their keys and values. ELMD's ways, split or not, keep these grouped on a CPU;
-the stock batch has transformers' own attention.
+of them is kept for the backward pass but their keys and values.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from benchmarks.ways import (
 )  # fmt: skip
 
 TOKENS_PER_CHARACTER = 0.7
-PLAIN = ("elmd", "elmd, no split", "transformers")
+WAYS = ("elmd", "elmd, no split", "transformers")
 
 
 def cases(small: bool) -> Iterator[Case]:
@@ -51,12 +50,10 @@ def _case(title: str, scale: Scale, lengths: list[Lengths]) -> Case:
         f"{len(samples)} samples of {min(samples.lengths)} to {max(samples.lengths)} tokens, mean "
         f"{statistics.mean(samples.lengths):.0f}, {share:.0%} of them before the slots."
     )
-    kept = Step("elmd, prompts kept", task.elmd(task.model, keep_prompts=True))
-    ways = [_way(task, step) for step in (*(task.steps[name] for name in PLAIN), kept)]
+    ways = [_way(task, task.steps[name]) for name in WAYS]
     note = (
         f"By the number of tokens the split is worth at most {4 / (4 - 2 * share):.2f}. Beside that, reading ends at "
-        "the last layer's keys and values, and what all samples begin with is read once for all steps. "
-        "With prompts kept (rep.keep_prompts) what is timed is a step of the second epoch."
+        "the last layer's keys and values, and what all samples begin with is read once for all steps."
     )
     return Case(title, size, ways, note=note, per=len(samples), unit="samples")
 

@@ -15,14 +15,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoModelForCausalLM
 
 from benchmarks.samples import WIDTH, MadeUp
 from elmd.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.data.collate import IGNORED, Batch, Shape, bin_pack
 from elmd.models.adapter import Prefix
-from elmd.models.attention import group_on_cpu
 from elmd.models.elmd import Elmd
 from elmd.models.llm import freeze
 from elmd.models.memory import step_memory
@@ -105,11 +103,6 @@ class Step:
     all_logits: bool = False
     rows: int | None = None
 
-    @property
-    def grouped(self) -> bool:
-        """Whether keys and values stay grouped on a CPU, which is ELMD's attention (`attend`)."""
-        return self.name.startswith("elmd")
-
 
 class Task:
     """REP or EERG at a scale, with its ways."""
@@ -154,15 +147,10 @@ class Task:
         """Real tokens of a global batch, visual ones included."""
         return sum(self.samples.lengths[i] for i in batch)
 
-    def parts(self, way: Step, batch: Sequence[int]) -> Iterator[Tensor]:
-        """Parts of the loss, with the way's own attention."""
-        attend(grouped=way.grouped)
-        return way.parts(batch)
-
     def gradient(self, way: Step, batch: Sequence[int]) -> list[Tensor]:
         """The loss and the gradient of each trained tensor; they stay in the tensors."""
         total = torch.zeros((), device=self.llm.device)
-        for part in self.parts(way, batch):
+        for part in way.parts(batch):
             part.backward()
             total += part.detach().float()
         return [total, *(p.grad for p in self.trained if p.grad is not None)]
@@ -182,7 +170,6 @@ class Task:
                 self.llm.config, dtype=self.llm.dtype, rows=one.rows, length=one.length, free_tokens=one.free,
                 targets=one.keep + 1, target_tokens=one.targets, checkpointing=way.checkpointing,
                 trainables=sum(p.numel() for p in self.trained), virtual=self.scale.prefix if self.prefix else 0,
-                device=self.llm.device.type if way.grouped else "cuda",  # there it is transformers' own
             ).step
             for one in (
                 {one._replace(keep=one.length - 1, targets=one.rows * (one.length - 1)) for one in shapes}
@@ -190,10 +177,10 @@ class Task:
             )
         )  # fmt: skip
 
-    def elmd(self, model: Elmd, **how: Any) -> Callable[[Sequence[int]], Iterator[Tensor]]:
+    def elmd(self, model: Elmd) -> Callable[[Sequence[int]], Iterator[Tensor]]:
         task = TokenTask(
             model, {}, self.samples, Accelerator(cpu=self.llm.device.type == "cpu"), batch_size=self.scale.batch,
-            micro_tokens=self.scale.micro_tokens, seed=0, evaluate=dict, **how,
+            micro_tokens=self.scale.micro_tokens, seed=0, evaluate=dict,
         )  # fmt: skip
 
         def parts(batch: Sequence[int]) -> Iterator[Tensor]:
@@ -229,14 +216,6 @@ class Task:
                 logits=self.again(micro, keep=0).logits, labels=micro.labels, vocab_size=self.llm.config.vocab_size,
                 num_items_in_batch=self.samples.targets(batch),
             )  # fmt: skip
-
-
-def attend(*, grouped: bool) -> None:
-    """Attention `sdpa` on a CPU from now on: ELMD's, which keeps keys and values grouped, or transformers' own."""
-    if grouped:
-        group_on_cpu()
-    else:
-        AttentionInterface.register("sdpa", sdpa_attention_forward)
 
 
 def fits(work: Callable[[], R], task: Task | None = None) -> R | None:
@@ -275,7 +254,6 @@ def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 def language_model(scale: Scale, device: torch.device, dtype: torch.dtype) -> Any:
     """The frozen language model with random weights, made where and as it stays: no second copy."""
     torch.manual_seed(0)
-    attend(grouped=True)  # as load_llm does
     with torch.device(device):
         return freeze(
             AutoModelForCausalLM.from_config(
@@ -316,7 +294,7 @@ def saved_bytes(task: Task, step: Step, batch: Sequence[int]) -> int:
 
     total = 0
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        for part in task.parts(step, batch):
+        for part in step.parts(batch):
             total += sum(kept.values())
             kept.clear()
             part.backward()

@@ -246,9 +246,6 @@ class RepConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     micro_tokens: int = 4096  # tokens per micro-batch, padding included
-    keep_prompts: bool = (
-        False  # read the text before the video slots once, not every epoch; takes memory, which is told
-    )
     select_on: SelectionSplit = SelectionSplit.valid
     checkpoint_every: int = 200
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks import generation, ways
 from benchmarks import step_eerg as eerg
 from benchmarks import step_rep as rep
+from benchmarks import ways
 from benchmarks.harness import Case, Measured, Unequal, measure
 from benchmarks.samples import drawn
-from elmd.models.attention import sdpa
 from elmd.models.elmd import Elmd
 
 LOOPS = ["elmd", "peft", "p-tuning"]
@@ -85,37 +83,10 @@ def test_a_trainer_that_moves_positions_is_found_out(home: str, name: str, monke
         measured(next(eerg.cases(small=True)))
 
 
-@pytest.mark.parametrize("module", [eerg, rep, generation])
-def test_attention_is_grouped_in_elmds_ways_alone(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In each run and each fact, whatever ran before."""
-    called: set[bool] = set()
-    ever: set[bool] = set()
-
-    def seen(function: Callable[..., Any], grouped: bool) -> Callable[..., Any]:
-        def attention(*given: Any, **others: Any) -> Any:
-            called.add(grouped)
-            return function(*given, **others)
-
-        return attention
-
-    monkeypatch.setattr("elmd.models.attention.sdpa", seen(sdpa, True))
-    monkeypatch.setattr(ways, "sdpa_attention_forward", seen(sdpa_attention_forward, False))
-    for case in module.cases(small=True):
-        for way in case.ways:
-            grouped = way.name.startswith("elmd")
-            for work in (lambda way=way: (way.before(), way.run()), way.facts):
-                called.clear()
-                ways.attend(grouped=not grouped)
-                work()
-                assert called <= {grouped}, way.name
-                ever |= called
-    assert ever == {True, False}
-
-
 def test_the_split_of_rep_keeps_less_and_gives_the_same() -> None:
     near, far = [measured(case) for case in rep.cases(small=True)]
     for found in (near, far):
-        assert list(facts(found)) == ["elmd", "elmd, no split", "transformers", "elmd, prompts kept"]
+        assert list(facts(found)) == ["elmd", "elmd, no split", "transformers"]
         assert found.apart > 0
         saved = {way: one["saved for backward, MiB"] for way, one in facts(found).items()}
         assert 0 < saved["elmd, no split"] < saved["transformers"]

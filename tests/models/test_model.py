@@ -304,7 +304,7 @@ def test_reading_stops_at_the_last_keys_and_changes_nothing(
         read = model.read(batch)
         assert type(read.past).update is read.past.update.__func__, "nothing is left behind"
         model.zero_grad()
-        loss = model.loss(batch, read).sum()
+        loss = model.loss(batch).sum()
         loss.backward()
         return read, [loss.detach(), *(p.grad for p in model.projector.parameters())]
 
@@ -315,7 +315,7 @@ def test_reading_stops_at_the_last_keys_and_changes_nothing(
     assert set(whole.values()) == {1}, "of the columns with gradient only"
     monkeypatch.setattr(Elmd, "_fill", lambda self, *columns: self._run(*columns, keep=1))
     plain, wanted = step()
-    assert set(whole.values()) == {4 if shared and model.bears_holes else 3}
+    assert set(whole.values()) == {6 if shared and model.bears_holes else 4}
     assert torch.equal(read.mask, plain.mask)
     for one, other in zip(read.past.layers, plain.past.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
@@ -351,9 +351,8 @@ def test_models_that_count_columns_get_no_holes(config: PretrainedConfig) -> Non
     )
     task = TokenTask(
         model, {}, cast(Examples, data), Accelerator(cpu=True), batch_size=3, micro_tokens=400, seed=0, evaluate=dict,
-        keep_prompts=True,
     )  # fmt: skip
-    assert task.kept is None, "nothing runs without gradient that could be kept"
+    assert task.before is None, "all tokens run with gradient"
     assert model._opening is None
     found = sum(loss.item() for loss, _ in task.losses([0, 1, 2], 0, 1))
     wanted = [slow_loss(model, row, one) for row, one in zip(rows, visual, strict=True)]
@@ -422,37 +421,6 @@ def test_rows_that_begin_otherwise_do_without_the_opening(llm) -> None:
         assert model.loss(batch).tolist() == pytest.approx([one.item() for one in wanted], rel=1e-4)
 
 
-def test_kept_prompts_change_nothing_but_the_work(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, found, tokens = examples(encoder, "rep", samples=SEEN), {}, []
-    run = llm[0].forward
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        tokens[-1] += kwargs["inputs_embeds"].shape[:2].numel()
-        return run(*args, **kwargs)
-
-    monkeypatch.setattr(llm[0], "forward", watched)
-    for keep in (False, True):
-        model = build(llm, prefix=0)
-        tokens.append(0)
-        task = TokenTask(
-            model, {"projector": model.projector}, data, Accelerator(cpu=True), batch_size=4, micro_tokens=400,
-            seed=0, evaluate=dict, keep_prompts=keep,
-        )  # fmt: skip
-        found[keep] = []
-        for epoch in range(2):
-            tokens.append(0)
-            for batch in task.batches(epoch):
-                for loss, _ in task.losses(batch, 0, 1):
-                    loss.backward()
-                    found[keep].append(loss.item())
-        found[keep].append(model.projector.linear.weight.grad.norm().item())
-    assert found[True] == pytest.approx(found[False], rel=1e-5)
-    (opening, first, second), (_, kept_first, kept_second) = tokens[:3], tokens[3:]
-    assert opening > 0
-    assert kept_first == first
-    assert kept_second < 0.75 * second, "in the second epoch only what follows the first visual token is run"
-
-
 @pytest.mark.parametrize(("name", "prefix", "world"), [("rep", 0, 1), ("eerg", 4, 2)])
 def test_the_shapes_of_a_training_are_those_of_its_micro_batches(
     llm, encoder, name: str, prefix: int, world: int
@@ -461,13 +429,13 @@ def test_the_shapes_of_a_training_are_those_of_its_micro_batches(
     accelerator = cast(Accelerator, SimpleNamespace(num_processes=world, device=torch.device("cpu")))
     task = TokenTask(model, {}, data, accelerator, batch_size=4, micro_tokens=400, seed=0, evaluate=dict)
     seen = set()
-    run = task.loss
+    run = model.loss
 
-    def loss(micro: Batch, positions: Any) -> Tensor:
+    def loss(micro: Batch) -> Tensor:
         seen.add((*micro.ids.shape, micro.keep, micro.free, len(micro.at)))
-        return run(micro, positions)
+        return run(micro)
 
-    task.loss = loss  # type: ignore[method-assign]
+    model.loss = loss  # type: ignore[method-assign]
     batches = [batch for epoch in range(3) for batch in task.batches(epoch)][:-1]
     for batch in batches:
         for rank in range(world):

@@ -7,17 +7,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
-from accelerate import Accelerator
 
 from elmd.cli import compose
 from elmd.convert.tokenizer import chatglm2_tokenizer, train_pieces
 from elmd.errors import CheckpointError, ConfigError, ElmdError
 from elmd.models.llm import load_llm
-from elmd.models.sharding import sharding
 from elmd.stages.parts import check_parts
 
 #: What a chain that has nothing of these yet will run.
@@ -26,7 +22,6 @@ LAST_STAGES = ("index", "rep", "eerg")
 
 def test_a_language_model_is_looked_at_before_the_long_stages(llm_folder: Path, tmp_path: Path) -> None:
     """stage=all would come to it after the retriever's training and all clips."""
-    accelerator = Accelerator(cpu=True)
 
     def told(*choices: str, change: Callable[[Path], object] | None = None) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -35,11 +30,11 @@ def test_a_language_model_is_looked_at_before_the_long_stages(llm_folder: Path, 
             change(folder)
         cfg = compose(["llm=auto", f"llm.path={folder}", *choices])
         with pytest.raises(ElmdError) as caught:
-            check_parts(cfg, accelerator, LAST_STAGES)
+            check_parts(cfg, LAST_STAGES)
         return str(caught.value)
 
-    check_parts(compose(["llm=auto", f"llm.path={llm_folder}"]), accelerator, LAST_STAGES)
-    check_parts(compose([]), accelerator, LAST_STAGES)  # the stand-in is still to be made
+    check_parts(compose(["llm=auto", f"llm.path={llm_folder}"]), LAST_STAGES)
+    check_parts(compose([]), LAST_STAGES)  # the stand-in is still to be made
 
     def other_tokenizer(folder: Path) -> None:
         chatglm2_tokenizer(train_pieces(["今天我们去公园玩，好不好？"] * 50, 275)).save_pretrained(folder)
@@ -69,21 +64,11 @@ def test_a_language_model_is_looked_at_before_the_long_stages(llm_folder: Path, 
 def test_a_search_that_is_not_installed_is_told_before_there_is_anything_to_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    accelerator = Accelerator(cpu=True)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    check_parts(compose(["retriever.search=auto"]), accelerator, LAST_STAGES)
+    check_parts(compose(["retriever.search=auto"]), LAST_STAGES)
     with pytest.raises(ConfigError, match="FAISS is not installed"):
-        check_parts(compose(["retriever.search=faiss"]), accelerator, LAST_STAGES)
-    check_parts(compose(["retriever.search=faiss"]), accelerator, ["rep", "eerg"])
-
-
-def test_prompts_are_not_kept_where_ranks_share_the_model_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    shared = cast(Accelerator, SimpleNamespace(num_processes=2))
-    assert sharding(shared)
-    with pytest.raises(ConfigError, match="leave it false with FSDP"):
-        check_parts(compose(["rep.keep_prompts=true"]), shared, LAST_STAGES)
-    check_parts(compose(["rep.keep_prompts=true"]), shared, ["eerg"])
+        check_parts(compose(["retriever.search=faiss"]), LAST_STAGES)
+    check_parts(compose(["retriever.search=faiss"]), ["rep", "eerg"])
 
 
 def test_a_truncated_shard_is_no_bug(llm_folder: Path, tmp_path: Path) -> None:

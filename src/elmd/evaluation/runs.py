@@ -46,7 +46,7 @@ INCIDENTAL = (
     "data.path", "data.video_root", "baseline.name", "ablation_name", "llm.checkpointing", "llm.attention",
     "vision.workers", "vision.timeout_s", "vision.batch_frames", "rep.micro_tokens", "eerg.micro_tokens",
     "baseline.micro_tokens", "erm.checkpoint_every", "rep.checkpoint_every", "eerg.checkpoint_every",
-    "baseline.checkpoint_every", "generate.batch_tokens", "rep.keep_prompts",
+    "baseline.checkpoint_every", "generate.batch_tokens",
 )  # fmt: skip
 
 #: Longest value spelt out in a system's name; a longer one (a prompt's text) is told apart by its digest.

@@ -117,19 +117,18 @@ class Elmd(nn.Module):
         assert self.projector is not None, "a batch with visual tokens needs a projector"
         return words.masked_scatter(batch.slots.unsqueeze(-1), self.projector(batch.visual).to(words.dtype))
 
-    def forward(self, batch: Batch, *, keep: int, at: Tensor | None = None, read: Read | None = None) -> Any:
+    def forward(self, batch: Batch, *, keep: int, at: Tensor | None = None) -> Any:
         """The language model's output for a batch, with logits [B, keep, vocabulary] of the last `keep` columns only.
 
         Real tokens have positions from 0 whatever the prefix, as in the original P-Tuning v2 of ChatGLM2.
 
         Args:
             at: logits [N, vocabulary] of these places among the flattened [B, keep] alone.
-            read: what `self.read(batch)` gives, where it is known already.
         """
         mask, start = batch.mask, 0
         past = self._virtual(len(mask))
         if batch.free and self.adapter is None:
-            start, (past, before) = batch.free, self.read(batch) if read is None else read
+            start, (past, before) = batch.free, self.read(batch)
             mask = torch.cat([before, mask[:, start:]], 1)
         embeddings = self.embed(batch)
         if past is not None:
@@ -137,11 +136,11 @@ class Elmd(nn.Module):
         with self._layers(), self._head(at):
             return self._run(embeddings[:, start:], mask, batch.positions[:, start:], past, keep)
 
-    def loss(self, batch: Batch, read: Read | None = None) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Negative log-likelihood of each row's target tokens, *summed* (eq. 10, 11); [B] float32."""
         keep, rows = batch.keep, batch.at // batch.keep
         # The column before a target predicts it, so of keep + 1 columns the last predicts none.
-        logits = self(batch, keep=keep + 1, at=batch.at + rows, read=read).logits  # [N, vocabulary]
+        logits = self(batch, keep=keep + 1, at=batch.at + rows).logits  # [N, vocabulary]
         labels = batch.labels[:, -keep:].flatten()[batch.at]
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
         return losses.new_zeros(len(batch.ids)).index_add(0, rows, losses)

@@ -111,7 +111,7 @@ class Chain:
         if "eerg" in todo:
             from elmd.stages.parts import check_parts
 
-            check_parts(self.cfg, self.accelerator, todo)
+            check_parts(self.cfg, todo)
 
     def run_one(self, name: str) -> Path:
         """Make a stage's result, or find it made already; prints `artifact: PATH`.

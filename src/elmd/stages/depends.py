@@ -177,7 +177,7 @@ def rep(cfg: Config) -> Depends:
             where="stage",
             fix="choose a vision=… that sees video, or go on with stage=eerg",
         )
-    settings = _without(plain(cfg.rep), "micro_tokens", "checkpoint_every", "projector_from", "keep_prompts")
+    settings = _without(plain(cfg.rep), "micro_tokens", "checkpoint_every", "projector_from")
     files = {"projector": Path(cfg.rep.projector_from)} if cfg.rep.projector_from else {}
     return parts(cfg) | Depends(config={"rep": settings}, files=files, seed=cfg.seed)
 

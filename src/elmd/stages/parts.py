@@ -17,7 +17,7 @@ from elmd.data.examples import Examples, Features, no_features, shuffled
 from elmd.data.prompts import Prompt, Task
 from elmd.data.samples import load_samples
 from elmd.dtypes import pick_dtype
-from elmd.errors import ArtifactError, CheckpointError, ConfigError
+from elmd.errors import ArtifactError, CheckpointError
 from elmd.labels import EMOTIONS, WORDS, Emotion
 from elmd.log import logger
 from elmd.models.adapter import Lora
@@ -131,7 +131,7 @@ def load_parts(cfg: Config, job: Job) -> Parts:
     return Parts(samples, demonstrations, features, width, llm, encoder_of(tokenizer, cfg.prompt))
 
 
-def check_parts(cfg: Config, accelerator: Accelerator, todo: Collection[str]) -> None:
+def check_parts(cfg: Config, todo: Collection[str]) -> None:
     """What can be known of REP's and EERG's parts before hours go into the stages before them; reads no weights.
 
     Args:
@@ -139,34 +139,18 @@ def check_parts(cfg: Config, accelerator: Accelerator, todo: Collection[str]) ->
 
     Raises:
         CheckpointError: the language model, its tokenizer or a given projector cannot be used.
-        ConfigError: the prompt has no room for the instruction, FAISS is asked for and not installed, or see
-            `check_kept`.
+        ConfigError: the prompt has no room for the instruction, or FAISS is asked for and not installed.
     """
     if "index" in todo and cfg.retriever.search is Search.faiss:
         load_faiss()
-    if "rep" in todo:
-        check_kept(cfg, accelerator)
-        if cfg.rep.projector_from:
-            Projector.load(Path(cfg.rep.projector_from))
+    if "rep" in todo and cfg.rep.projector_from:
+        Projector.load(Path(cfg.rep.projector_from))
     if cfg.llm.path in (None, BOOTSTRAP):
         return
     pick_dtype(cfg.llm.dtype, torch.device("cpu"))
     config, tokenizer = open_llm(cfg.llm.path, attention=cfg.llm.attention)
     check_ids(tokenizer, config, cfg.llm.path)
     shortest_prompt(encoder_of(tokenizer, cfg.prompt), cfg.vision.frames if cfg.sees_video else 0)
-
-
-def check_kept(cfg: Config, accelerator: Accelerator) -> None:
-    """
-    Raises:
-        ConfigError: prompts are to be kept where ranks share the language model out.
-    """
-    if cfg.rep.keep_prompts and sharding(accelerator):
-        raise ConfigError(
-            "processes that share the language model out must run it equally often",
-            where="rep.keep_prompts",
-            fix="leave it false with FSDP",
-        )
 
 
 def check_ids(tokenizer: Any, config: PreTrainedConfig, path: str | Path | None) -> None:

@@ -17,18 +17,16 @@ from elmd.log import logger, table
 from elmd.metrics.emotion import emotion_scores
 from elmd.models.decode import predict_emotions
 from elmd.models.elmd import Elmd
-from elmd.models.kept import kept_bytes
 from elmd.models.projector import Projector
 from elmd.plots import confusion
 from elmd.stages.base import Job, Outcome
-from elmd.stages.parts import Parts, check_kept, load_parts, place
+from elmd.stages.parts import Parts, load_parts, place
 from elmd.training.loop import Plan, fit
 from elmd.training.tokens import TokenTask
 from elmd.types import Sample
 
 
 def run(cfg: Config, job: Job) -> Outcome:
-    check_kept(cfg, job.accelerator)
     parts = load_parts(cfg, job)
     torch.manual_seed(cfg.seed)
     start = cfg.rep.projector_from
@@ -61,12 +59,8 @@ def run(cfg: Config, job: Job) -> Outcome:
         micro_tokens=cfg.rep.micro_tokens,
         seed=cfg.seed,
         evaluate=evaluate,
-        keep_prompts=cfg.rep.keep_prompts,
     )
     free = sum(task.before or ())
-    if task.kept is not None:
-        size = kept_bytes(parts.llm, free) / 1e9
-        logger.info("prompts are kept: up to %.1f GB of main memory in each process, for %d tokens", size, free)
     if not model.bears_holes:
         logger.warning("this language model counts columns, so all tokens run with gradient (no causal split)")
     model.checkpointing = parts.checkpointing(cfg, task, steps)

@@ -15,7 +15,6 @@ from elmd.data.collate import Shape, bin_pack
 from elmd.data.examples import Examples
 from elmd.models.decode import Packable, over
 from elmd.models.elmd import Elmd
-from elmd.models.kept import KeptPrompts
 from elmd.models.sharding import in_step, pass_cost, sharding
 from elmd.training.loop import Batch
 
@@ -83,7 +82,7 @@ class PackedTask:
         lengths = self.examples.lengths
         for positions, counts in in_step(self.shares(batch, world), rank, level=sharding(self.accelerator)):
             micro = self.micro_batch(positions).to(self.accelerator.device)
-            yield self.loss(micro, positions).sum() * counts, sum(lengths[i] for i in positions) * counts
+            yield self.model.loss(micro).sum() * counts, sum(lengths[i] for i in positions) * counts
 
     def shares(self, batch: Batch, world: int) -> list[list[list[int]]]:
         """The micro-batches of each rank."""
@@ -93,10 +92,6 @@ class PackedTask:
             for one in range(world)
         ]
 
-    def loss(self, micro: Any, positions: Sequence[int]) -> Tensor:
-        """Of the samples at `positions`, each [B]."""
-        return self.model.loss(micro)
-
     def micro_batch(self, positions: Sequence[int]) -> Any:
         return self.examples.batch(positions)
 
@@ -105,11 +100,6 @@ class TokenTask(PackedTask):
     """ELMD's: without an adapter only the projector trains, and the tokens before the slots run without gradient.
 
     Not in a language model that bears no holes in the middle of a row: there all tokens run with gradient.
-
-    Args:
-        keep_prompts: run those tokens once only, and keep their keys and values: one process runs them in the first
-            epoch; of several, each must meet a sample itself, and batches are dealt to them anew in each epoch. A
-            training that is resumed has nothing kept, so it equals one that ran through up to rounding only.
     """
 
     model: Elmd
@@ -121,8 +111,6 @@ class TokenTask(PackedTask):
         modules: Mapping[str, nn.Module],
         examples: Examples,
         accelerator: Accelerator,
-        *,
-        keep_prompts: bool = False,
         **how: Any,
     ):
         before = after = None
@@ -134,7 +122,6 @@ class TokenTask(PackedTask):
             pairs = zip(min(prompts), max(prompts), strict=False)  # what the first and the last share, all between do
             model.open([one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)])
         super().__init__(model, modules, examples, accelerator, before=before, by=after, **how)
-        self.kept = KeptPrompts() if keep_prompts and before is not None else None
 
     def micro_batch(self, positions: Sequence[int]) -> Any:
         return self.examples.batch(positions, split=self.before is not None)
@@ -148,9 +135,6 @@ class TokenTask(PackedTask):
             for share in self.shares(batch, self.accelerator.num_processes)
             for positions in share
         }
-
-    def loss(self, micro: Any, positions: Sequence[int]) -> Tensor:
-        return self.model.loss(micro, None if self.kept is None else self.kept(self.model, micro, positions))
 
 
 @torch.no_grad()
