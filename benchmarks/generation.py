@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, TopPLogitsWarper
 
 from benchmarks.harness import Case, Way
 from benchmarks.samples import INSTRUCTION, MadeUp, drawn
-from benchmarks.ways import attend, small_llm
+from benchmarks.ways import small_llm
 from elmd.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.data.collate import Batch
 from elmd.data.encode import Encoded
@@ -49,10 +49,10 @@ def cases(small: bool) -> Iterator[Case]:
         yield Case(
             "Greedy replies" + (", dialogues with a background" if told else ""), where + alike,
             [
-                _way("elmd", partial(ours, llm, asked, budget)),
-                _way("generate, padded batches of 16", partial(theirs, llm, asked, 16)),
-                _way("generate, the same sorted by length", partial(theirs, llm, asked, 16, by_length=True)),
-                _way("generate, one by one", partial(theirs, llm, asked, 1)),
+                Way("elmd", partial(ours, llm, asked, budget)),
+                Way("generate, padded batches of 16", partial(theirs, llm, asked, 16)),
+                Way("generate, the same sorted by length", partial(theirs, llm, asked, 16, by_length=True)),
+                Way("generate, one by one", partial(theirs, llm, asked, 1)),
             ],
             per=count, unit="replies",
         )  # fmt: skip
@@ -61,17 +61,13 @@ def cases(small: bool) -> Iterator[Case]:
         "Five sampled replies to each prompt",
         f"{size.replace(str(count), str(count // 3))}, top-p {TOP_P}, temperature {TEMPERATURE}",
         [
-            _way("elmd", partial(ours, llm, asked, budget, seeds)),
-            _way("elmd, seed by seed", partial(each, llm, asked, budget, seeds)),
-            _way("generate, num_return_sequences=5, 16 at a time", partial(theirs, llm, asked, 16, seeds), same=False),
+            Way("elmd", partial(ours, llm, asked, budget, seeds)),
+            Way("elmd, seed by seed", partial(each, llm, asked, budget, seeds)),
+            Way("generate, num_return_sequences=5, 16 at a time", partial(theirs, llm, asked, 16, seeds), same=False),
         ],
         note="transformers draws other random numbers; its replies are as long.", per=5 * len(asked), unit="replies",
     )  # fmt: skip
     yield top_p(small)
-
-
-def _way(name: str, run: Callable[[], Any], **others: Any) -> Way:
-    return Way(name, run, before=partial(attend, grouped=name.startswith("elmd")), **others)
 
 
 class Asked(MadeUp):

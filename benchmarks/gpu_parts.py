@@ -30,7 +30,6 @@ from benchmarks.ways import (
     Scale,
     Step,
     Task,
-    attend,
     difference,
     fits,
     tried,
@@ -303,7 +302,6 @@ def decode(llm: Any, scale: Scale, clock: Clock, bandwidth: float | None) -> Ite
     weights = sum(p.nbytes for name, p in llm.named_parameters() if p is not llm.get_input_embeddings().weight)
     shape = llm.config
     per_token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * llm.dtype.itemsize
-    attend(grouped=True)  # as `load_llm` does, whatever ran before
 
     def of(rows: int) -> dict[str, Any]:
         samples = Samples([Lengths(prompt - 1, 1, 1)] * rows, shape.vocab_size, slots=0, target=1)

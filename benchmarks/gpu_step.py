@@ -15,9 +15,9 @@ p-tuning              ChatGLM2's own defaults: one sample at a time, 16 accumula
                       data, checkpointing, all logits. Emulated by ELMD's forward, as the original's code runs only
                       on old versions and transformers' own checkpointing loses the prefix
 
-On a CPU ELMD's ways keep keys and values grouped, all others have transformers' own attention. Vision features are
-cached by training, so steps take them as given, and frames per second stand apart; what a step of p-tuning takes where
-it encodes its clips itself is told as the sum of both. A way that does not fit into the device's memory says so.
+Vision features are cached by training, so steps take them as given, and frames per second stand apart; what a step of
+p-tuning takes where it encodes its clips itself is told as the sum of both. A way that does not fit into the device's
+memory says so.
 
 `--part` chooses what is measured: `steps` is this table; `grid` an EERG step at 256, 512 and 1024 tokens a sample, with
 micro-batches of 2 048 to 16 384 tokens, with and without checkpointing, of 16 samples or as many as fill a micro-batch;

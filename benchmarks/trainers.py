@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.harness import Way
-from benchmarks.ways import Step, Task, attend, peak_bytes
+from benchmarks.ways import Step, Task, peak_bytes
 from elmd.data.collate import IGNORED, Batch
 
 #: Clipping does its work but changes no gradient: the trainers show theirs after it.
@@ -185,7 +185,6 @@ def _ready(trainer: Trainer, seen: _Seen) -> Run:
     trainer.remove_callback(PrinterCallback)
 
     def run() -> Mapping[str, Any]:
-        attend(grouped=False)
         trainer.train()
         return seen.sums.result()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,17 +23,6 @@ LINES = [
     "对不起，都是我的错。",
     "你到底想怎么样？",
 ]
-
-
-@pytest.fixture(autouse=True)
-def attention_restored() -> Iterator[None]:
-    """What a test lets transformers' `sdpa` be, which is one for the process, is not for the next test."""
-    ours = "elmd.models.attention"  # not loaded here: most tests do without
-    before = sys.modules[ours].AttentionInterface()["sdpa"] if ours in sys.modules else None
-    yield
-    if ours in sys.modules:
-        module = sys.modules[ours]
-        module.AttentionInterface.register("sdpa", before or module.sdpa_attention_forward)
 
 
 @pytest.fixture(scope="session")

@@ -143,37 +143,6 @@ def test_replies_are_those_of_generation_by_default_and_as_long_as_their_targets
     assert told == {"seconds": 1.0, "tokens": sum(targets)}
 
 
-def test_attention_is_that_of_the_way(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On a CPU ELMD's ways keep keys and values grouped; all others run, and are predicted, as transformers has it."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    from benchmarks import trainers, ways
-    from elmd.models.attention import sdpa
-
-    seen: list[Any] = []
-    for kind in ("rep", "eerg"):
-        one = task(bench, kind)
-        one.llm.get_decoder().layers[0].register_forward_pre_hook(lambda *_: seen.append(AttentionInterface()["sdpa"]))
-        for step in one.steps.values():
-            wanted = sdpa if step.name.startswith("elmd") else sdpa_attention_forward
-            ways.attend(grouped=wanted is not sdpa)  # whatever ran before
-            seen.clear()
-            one.step(step, range(4))
-            assert set(seen) == {wanted}, step.name
-    on: list[str] = []
-    monkeypatch.setattr(ways, "step_memory", lambda *_, device, **__: on.append(device) or SimpleNamespace(step=1))
-    for step in one.steps.values():
-        one.predicted(step, one.samples.shapes)
-    assert set(on) == {"cpu", "cuda"}
-    seen.clear()
-    ways.attend(grouped=True)
-    way = trainers.hf(one, str(tmp_path), peak=False)[0]
-    way.before()
-    way.run()
-    assert set(seen) == {sdpa_attention_forward}
-
-
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

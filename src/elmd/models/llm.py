@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from elmd.dtypes import pick_dtype
 from elmd.errors import CheckpointError, reason
 from elmd.log import logger
-from elmd.models.attention import group_on_cpu
 
 
 def load_llm(
@@ -26,8 +25,6 @@ def load_llm(
 ) -> tuple[PreTrainedModel, Any]:
     """The model, frozen and in eval mode, and its tokenizer. Weights are read from safetensors, straight to the device.
 
-    Attention `sdpa` keeps keys and values grouped on a CPU, from then on in the whole process (`group_on_cpu`).
-
     Args:
         path: a folder, or a hub id.
         device: where the model will run.
@@ -38,7 +35,6 @@ def load_llm(
         CheckpointError: the folder is missing, incomplete or not one that transformers knows without remote code.
     """
     device = torch.device(device)
-    group_on_cpu()
     _, tokenizer = open_llm(path, attention=attention)
     if (size := sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))) > 10**9:
         logger.info("reading the language model, %.1f GB (%s)", size / 1e9, path)

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import psutil
@@ -78,7 +77,6 @@ def step_memory(
     free_tokens: int = 0,
     target_tokens: int | None = None,
     checkpointing: bool = False,
-    device: str = "cuda",
 ) -> Memory:
     """The peak of the forward and backward pass of one micro-batch; a third of a second for a model of 6B.
 
@@ -94,14 +92,13 @@ def step_memory(
         free_tokens: first columns that are read without gradient (REP's causal split).
         target_tokens: of all rows, which are the logits computed; None: all targets are as long as the longest.
         checkpointing: whether each layer is computed again for its backward pass.
-        device: the type of device that the step runs on; on a `cpu` attention keeps keys and values grouped.
 
     Raises:
         CheckpointError: what the model computes depends on contents (a mixture of experts), so it cannot be predicted.
     """
     config = deepcopy(config)
     attention = "eager" if getattr(config, "_attn_implementation", None) == "eager" else _FUSED
-    AttentionInterface.register(_FUSED, partial(_fused, grouped=device == "cpu"))
+    AttentionInterface.register(_FUSED, _fused)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         llm.requires_grad_(False)
@@ -158,7 +155,6 @@ def needs_checkpointing(
         memory = step_memory(
             config, dtype=dtype, rows=one.rows, length=one.length, targets=one.keep + 1, target_tokens=one.targets,
             free_tokens=one.free, trainables=trainables, virtual=virtual, lora_rank=lora_rank,
-            device=device.type,
         )  # fmt: skip
         worst = max(worst, memory.step + memory.trainables)
     return worst > SHARE * free_memory(device)
@@ -264,14 +260,14 @@ class _FusedKernel(torch.autograd.Function):
 
 
 def _fused(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, grouped: bool, **others: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
     """transformers' `sdpa` by its sizes: [B, h, L, d], keys and values [B, g, P + L, d] -> [B, L, h, d].
 
     There always is a mask (a batch is padded, or a prefix stands before it), so keys and values are repeated for all
-    heads unless they stay `grouped`, and the mask, boolean before, becomes a bias of the query's dtype in every layer.
+    heads, and the mask, boolean before, becomes a bias of the query's dtype in every layer.
     """
-    repeats = 1 if grouped else query.shape[1] // key.shape[1]
+    repeats = query.shape[1] // key.shape[1]
     bias = query.new_empty(query.shape[0], 1, query.shape[2], key.shape[2])
     out = _FusedKernel.apply(query, repeat_kv(key, repeats), repeat_kv(value, repeats), bias)
     return out.transpose(1, 2).contiguous(), None
