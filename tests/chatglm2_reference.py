@@ -1,7 +1,7 @@
 """ChatGLM2 in plain tensor arithmetic, and random checkpoints in its original layout: what the converter is held to.
 
-`logits` is written from the architecture alone and shares nothing with transformers; where tensors of the original code
-are at hand, test_golden.py holds it to those.
+`logits` is written from the architecture alone and shares nothing with transformers; test_golden.py holds it to
+the tensors of the original code.
 """
 
 from __future__ import annotations

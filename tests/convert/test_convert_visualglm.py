@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conftest import ROOT
+from conftest import GOLDEN_FILES, ROOT
 from elmd.convert.visualglm import PROJECTION, convert_visualglm, renaming, translate
 from elmd.errors import CheckpointError
 from elmd.models.projector import Projector
@@ -34,7 +34,7 @@ from visualglm_reference import (
 )
 
 SCRIPT = ROOT / "scripts" / "convert_visualglm.py"
-GOLDEN = Sizes(3, 44, 2, 96, 56, 14, 4, 48, 3, 32, 2, 64)
+GOLDEN_SIZES = Sizes(3, 44, 2, 96, 56, 14, 4, 48, 3, 32, 2, 64)
 
 
 def layers(encoder: VisionEncoder, pixels: Tensor) -> dict[str, Tensor]:
@@ -59,15 +59,13 @@ def layers(encoder: VisionEncoder, pixels: Tensor) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------------- the original
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, Tensor]:
-    return load_file(shared / "golden" / "visualglm_vision" / "golden.safetensors")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN_FILES / "visualglm_vision" / "golden.safetensors")
 
 
 @pytest.mark.parametrize("layout", ["hf", "sat"])
-def test_parity_with_the_original_in_every_layer(
-    shared: Path, golden: dict[str, Tensor], tmp_path: Path, layout: str
-) -> None:
-    source = shared / "golden" / "visualglm_vision"
+def test_parity_with_the_original_in_every_layer(golden: dict[str, Tensor], tmp_path: Path, layout: str) -> None:
+    source = GOLDEN_FILES / "visualglm_vision"
     if layout == "sat":  # the same tensors under the prefix that they have there
         weights = {SAT + k.removeprefix(HUB): v for k, v in load_file(source / "model.safetensors").items()}
         settings = json.loads((source / "config.json").read_text())
@@ -85,13 +83,13 @@ def test_parity_with_the_original_in_every_layer(
         assert (value - golden[name]).abs().max() < 1e-5, name
 
 
-def test_the_second_forward_is_the_original_s(shared: Path, golden: dict[str, Tensor]) -> None:
-    weights = load_file(shared / "golden" / "visualglm_vision" / "model.safetensors")
-    found = reference({k.removeprefix(HUB): v for k, v in weights.items()}, GOLDEN, golden["pixel_values"])
+def test_the_second_forward_is_the_original_s(golden: dict[str, Tensor]) -> None:
+    weights = load_file(GOLDEN_FILES / "visualglm_vision" / "model.safetensors")
+    found = reference({k.removeprefix(HUB): v for k, v in weights.items()}, GOLDEN_SIZES, golden["pixel_values"])
     assert found.keys() == golden.keys() - {"pixel_values"}
     for name, value in found.items():
         assert (value - golden[name]).abs().max() < 1e-5, name
-    assert {HUB + name: shape for name, shape in shapes(GOLDEN).items()} == {
+    assert {HUB + name: shape for name, shape in shapes(GOLDEN_SIZES).items()} == {
         k: tuple(v.shape) for k, v in weights.items()
     }
 

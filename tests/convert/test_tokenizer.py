@@ -10,6 +10,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from conftest import GOLDEN_FILES
 from elmd.convert.tokenizer import CONTROL, chatglm2_tokenizer, train_pieces
 from elmd.errors import CheckpointError
 
@@ -50,9 +51,9 @@ def loaded(small: bytes, tmp_path_factory: pytest.TempPathFactory) -> PreTrained
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_equals_the_original(shared: Path, tmp_path: Path) -> None:
-    golden = json.loads((shared / "golden/chatglm2_tokenizer/golden_tok.json").read_text(encoding="utf-8"))
-    built = chatglm2_tokenizer(shared / "golden/chatglm2_tokenizer/tokenizer.model")
+def test_equals_the_original(tmp_path: Path) -> None:
+    golden = json.loads((GOLDEN_FILES / "chatglm2_tokenizer/golden_tok.json").read_text(encoding="utf-8"))
+    built = chatglm2_tokenizer(GOLDEN_FILES / "chatglm2_tokenizer/tokenizer.model")
     built.save_pretrained(tmp_path)
     assert len(golden["fuzz"]) > 500
     for tokenizer in (built, AutoTokenizer.from_pretrained(tmp_path)):

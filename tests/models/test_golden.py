@@ -1,4 +1,4 @@
-"""Converted ChatGLM2 in ELMD's own forward, loss and generation, against tensors of the original code (../shared)."""
+"""Converted ChatGLM2 in ELMD's own forward, loss and generation, against tensors of the original code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 
 from chatglm2_reference import logits as reference
+from conftest import GOLDEN_FILES
 from elmd.convert.chatglm2 import CHATGLM2_6B, convert_chatglm2, native_config, translator, wanted_shapes
 from elmd.data.collate import IGNORED, Batch, places
 from elmd.models.decode import greedy
@@ -23,24 +24,24 @@ from elmd.models.llm import load_llm
 CLOSE = 3e-5
 
 
-def convert(shared: Path, name: str, folder: Path, ptuning: str | None = None) -> Path:
+def convert(name: str, folder: Path, ptuning: str | None = None) -> Path:
     """The converted folder of golden weights, with the golden tokenizer beside them."""
     src, dst = folder / "src", folder / "dst"
     src.mkdir()
     for file in (f"{name}/config.json", f"{name}/model.safetensors", "chatglm2_tokenizer/tokenizer.model"):
-        shutil.copy(shared / "golden" / file, src)
-    convert_chatglm2(src, dst, shared / "golden" / name / ptuning if ptuning else None)
+        shutil.copy(GOLDEN_FILES / file, src)
+    convert_chatglm2(src, dst, GOLDEN_FILES / name / ptuning if ptuning else None)
     return dst
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, Tensor]:
-    return load_file(shared / "golden/chatglm2/golden.safetensors")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN_FILES / "chatglm2/golden.safetensors")
 
 
 @pytest.fixture(scope="module")
-def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(shared, "chatglm2", tmp_path_factory.mktemp("golden"), "prefix_encoder.safetensors")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert("chatglm2", tmp_path_factory.mktemp("golden"), "prefix_encoder.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -132,24 +133,24 @@ def test_greedy_ids(llm: PreTrainedModel, elmd: Elmd, golden: dict[str, Tensor],
         assert model.generate(prompt, greedy, eos=2, max_new_tokens=16) == expected
 
 
-def test_prefix_through_a_network(shared: Path, golden: dict[str, Tensor], tmp_path: Path) -> None:
-    dst = convert(shared, "chatglm2", tmp_path, "prefix_encoder_projection.safetensors")
+def test_prefix_through_a_network(golden: dict[str, Tensor], tmp_path: Path) -> None:
+    dst = convert("chatglm2", tmp_path, "prefix_encoder_projection.safetensors")
     logits = Elmd.load(dst, load_llm(dst)[0]).eval()(batch(golden["full.input_ids"]), keep=14).logits
     assert (logits - golden["proj.full.logits"]).abs().max() < CLOSE
 
 
-def test_half_precision(shared: Path, tmp_path: Path) -> None:
+def test_half_precision(tmp_path: Path) -> None:
     """The original computes rotary angles in the model's dtype, transformers always in float32.
 
     So in float16 we are close to the float32 logits, and the original's float16 is not: at position 600 its angles are
     off by up to a quarter. The plain reference, given such angles and float32 for the rest, shows that nothing else
     separates the two. Largest differences measured: 0, 0.041, 0.94, 0.033.
     """
-    golden = shared / "golden/chatglm2_fp16"
+    golden = GOLDEN_FILES / "chatglm2_fp16"
     original = {name: tensor.float() for name, tensor in load_file(golden / "golden.safetensors").items()}
     config, weights = json.loads((golden / "config.json").read_text()), load_file(golden / "model.safetensors")
     ids = original["input_ids"].long()
-    dst = convert(shared, "chatglm2_fp16", tmp_path)
+    dst = convert("chatglm2_fp16", tmp_path)
     assert {tensor.dtype for tensor in load_file(dst / "model.safetensors").values()} == {torch.float16}
 
     full, half = (Elmd(load_llm(dst, dtype=dtype)[0])(batch(ids), keep=48).logits for dtype in ("float32", "float16"))
@@ -161,9 +162,9 @@ def test_half_precision(shared: Path, tmp_path: Path) -> None:
     assert (turned - original["logits_fp16"]).abs().max() < 0.1
 
 
-def test_plain_reference(shared: Path, golden: dict[str, Tensor]) -> None:
+def test_plain_reference(golden: dict[str, Tensor]) -> None:
     """What the other tests of the converter are held to is itself held to the original."""
-    source = shared / "golden/chatglm2"
+    source = GOLDEN_FILES / "chatglm2"
     config, weights = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
     (table,) = load_file(source / "prefix_encoder.safetensors").values()
     mask, ids = golden["pad.attention_mask"], golden["pad.input_ids"]
@@ -174,8 +175,8 @@ def test_plain_reference(shared: Path, golden: dict[str, Tensor]) -> None:
         assert (padded - golden[f"{name}pad.logits"])[mask.bool()].abs().max() < CLOSE
 
 
-def test_tokenizer_of_the_converted_folder(shared: Path, folder: Path) -> None:
-    golden = json.loads((shared / "golden/chatglm2_tokenizer/golden_tok.json").read_text(encoding="utf-8"))
+def test_tokenizer_of_the_converted_folder(folder: Path) -> None:
+    golden = json.loads((GOLDEN_FILES / "chatglm2_tokenizer/golden_tok.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(golden["fuzz"]) > 500
     for text, ids in [*golden["enc"].items(), *golden["fuzz"]]:
@@ -188,8 +189,8 @@ def test_tokenizer_of_the_converted_folder(shared: Path, folder: Path) -> None:
         assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == prompt
 
 
-def test_every_tensor_of_the_public_checkpoint_has_a_place(shared: Path) -> None:
-    meta = shared / "golden/chatglm2_6b_meta"
+def test_every_tensor_of_the_public_checkpoint_has_a_place() -> None:
+    meta = GOLDEN_FILES / "chatglm2_6b_meta"
     original = json.loads((meta / "config.json").read_text())
     assert CHATGLM2_6B.items() <= original.items()
     config = native_config(original)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from conftest import GOLDEN_FILES
 from elmd.convert.visualglm import convert_visualglm
 from elmd.errors import CheckpointError
 from elmd.vision.encoder import CLIP_MEAN, CLIP_STD, VisionEncoder
@@ -36,9 +37,9 @@ def test_pooling_is_equations_6_to_8(m: int, o: int, q: int) -> None:
 
 # ------------------------------------------------------------------------------------------------- the original
 @pytest.fixture(scope="module")
-def original(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """VisualGLM's tiny reference: its encoder, converted, and its golden tensors."""
-    folder = shared / "golden" / "visualglm_vision"
+    folder = GOLDEN_FILES / "visualglm_vision"
     native = tmp_path_factory.mktemp("visualglm") / "native"
     convert_visualglm(folder, native)
     return native, load_file(folder / "golden.safetensors")
