@@ -49,7 +49,7 @@ REFUSED = "ConfigError"
 VARIANTS = [
     "",
     "seed=1",
-    "threads=4 vision.workers=3 vision.batch_frames=1 rep.micro_tokens=999 eerg.micro_tokens=999 rep.keep_prompts=true "
+    "threads=4 vision.workers=3 vision.batch_frames=1 rep.micro_tokens=999 eerg.micro_tokens=999 "
     "erm.checkpoint_every=1 rep.checkpoint_every=1 eerg.checkpoint_every=1 generate.batch_tokens=99",  # change nothing
     "data.world.seed=1",
     "bootstrap.seed=1",
