@@ -18,22 +18,19 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.harness import Case, Way
 from benchmarks.ways import SCALES
-from elmd.config import Config, VisionConfig, VisionKind
 from elmd.errors import ClipError
 from elmd.labels import EMOTIONS
-from elmd.stages.base import Job
-from elmd.stages.features import Encoded, Shards
 from elmd.types import Clip, Sample, Utterance
+from elmd.vision.clips import ClipEncoder
 from elmd.vision.decode import decode_clips
 from elmd.vision.encoder import VisionEncoder, VisionShape
 from elmd.vision.pooling import pool
-from elmd.vision.store import INDEX, SHARDS, FeatureStore, index_of, read_shards, write_shard
+from elmd.vision.store import INDEX, SHARDS, FeatureStore, ShardWriter, index_of, read_shards, write_shard
 from elmd.vision.video import frame_indices, read_clip, squash
 
 FRAMES, FPS = 8, 25
@@ -74,15 +71,15 @@ def wanted_frames(container: Any, wanted: Sequence[int]) -> list[np.ndarray]:
 
 def one_by_one(clips: Sequence[Clip], size: int) -> Tensor:
     """Frames [n, m, size, size, 3] as a script would read them."""
-    found = []
+    frames = []
     for clip in clips:
         with av.open(clip.path) as container:
             stream = container.streams.video[0]
             assert stream.average_rate is not None
             count, rate = stream.frames, float(stream.average_rate)
             wanted = frame_indices(np.arange(count) / rate, clip.start or 0.0, clip.end or count / rate, FRAMES)
-            found.append(np.stack([squash(frame, size) for frame in wanted_frames(container, wanted.tolist())]))
-    return torch.from_numpy(np.stack(found))
+            frames.append(np.stack([squash(frame, size) for frame in wanted_frames(container, wanted.tolist())]))
+    return torch.from_numpy(np.stack(frames))
 
 
 def here(clips: Sequence[Clip], size: int) -> Tensor:
@@ -93,12 +90,12 @@ def here(clips: Sequence[Clip], size: int) -> Tensor:
 def in_workers(clips: Sequence[Clip], size: int) -> Tensor:
     """The same as stage `features` reads them."""
     requests = [(str(i), clip) for i, clip in enumerate(clips)]
-    found = {}
+    frames = {}
     for key, result in decode_clips(requests, frames=FRAMES, size=size, decoder="decord", workers=2):
         if isinstance(result, ClipError):
             raise result
-        found[key] = result
-    return torch.from_numpy(np.stack([found[key] for key, _ in requests]))
+        frames[key] = result
+    return torch.from_numpy(np.stack([frames[key] for key, _ in requests]))
 
 
 def cost(work: Callable[[], Any], frames: int) -> Callable[[], dict[str, float]]:
@@ -153,13 +150,16 @@ def encoding(folder: Path, small: bool, shape: VisionShape) -> Case:
     """Clips to features by the stage's own code, and how long its encoder has nothing to do."""
     size, seconds, files, spans = ((64, 48), 0.8, 2, 1) if small else ((640, 360), 3.0, 4, 8)
     made = [write_clip(folder / f"{i}.mp4", seconds, size, apart=1.0, seed=i) for i in range(files)]
-    clips = [Clip(one.path, 0.0, seconds - i / FPS) for i in range(spans) for one in made]
+    clips = [Clip(clip.path, 0.0, seconds - i / FPS) for i in range(spans) for clip in made]
     turns = [Utterance(str(i), "A", "", EMOTIONS[0], clip=clip) for i, clip in enumerate(clips)]
     samples = [Sample(turn.id, "d", "s", "train", (), turn, turn) for turn in turns]
     torch.manual_seed(0)
-    VisionEncoder(shape).save(folder / "vision")
-    vision = VisionConfig("benchmark", VisionKind.encoder, str(folder / "vision"), frames=FRAMES, dtype="float32")
-    stage = Encoded(Config(vision=vision), Job(folder, {}, Accelerator(cpu=True)), samples)
+    encoder = VisionEncoder(shape).requires_grad_(False).eval()
+    maker = ClipEncoder(
+        encoder, weights=folder, frames=FRAMES, sampling="uniform", decoder="decord", workers=1, timeout_s=60.0,
+        batch_frames=64,
+    )  # fmt: skip
+    plan = maker.plan(samples)
     frames = len(clips) * FRAMES
 
     def way(name: str, work: Callable[[], dict[str, Tensor]]) -> Way:
@@ -175,13 +175,13 @@ def encoding(folder: Path, small: bool, shape: VisionShape) -> Case:
 
         def run() -> dict[str, Tensor]:
             nonlocal busy, whole
-            hooks = [stage.encoder.register_forward_pre_hook(begin), stage.encoder.register_forward_hook(end)]
+            hooks = [encoder.register_forward_pre_hook(begin), encoder.register_forward_hook(end)]
             busy, started = 0.0, time.perf_counter()
-            found = work()
+            features = work()
             whole = time.perf_counter() - started
             for hook in hooks:
                 hook.remove()
-            return found
+            return features
 
         def facts() -> dict[str, float]:
             """Of the last run."""
@@ -190,21 +190,25 @@ def encoding(folder: Path, small: bool, shape: VisionShape) -> Case:
         return Way(name, run, facts)
 
     def ours(workers: int) -> dict[str, Tensor]:
-        vision.workers = workers
+        maker.workers = workers
         with TemporaryDirectory(dir=folder) as new:
-            assert not stage.make(sorted(stage.sources), Shards(Path(new), 0))
+            writer = ShardWriter(Path(new), 0)
+            for key, result in maker.features(plan, sorted(plan.sources)):
+                assert isinstance(result, Tensor)
+                writer.add(key, result)
+            writer.flush()
             shards = {path.name: load_file(path)["features"].float() for path in Path(new, SHARDS).iterdir()}
             return {key: shards[place.shard][place.row] for key, place in read_shards(Path(new)).items()}
 
     @torch.inference_mode()
     def in_turn() -> dict[str, Tensor]:
-        found = {}
-        for key, clip in stage.sources.items():
-            seen = stage.encoder(stage.encoder.pixels(one_by_one([clip], stage.encoder.image_size)[0]))
-            found[key] = pool(seen).half().float()
-        return found
+        features = {}
+        for key, clip in plan.sources.items():
+            x = encoder(encoder.pixels(one_by_one([clip], encoder.image_size)[0]))  # [m, o, q]
+            features[key] = pool(x).half().float()
+        return features
 
-    pixels, vit = stage.encoder.image_size, shape.vision_config
+    pixels, vit = encoder.image_size, shape.vision_config
     return Case(
         "Clips to features (eq. 5-8)",
         f"{len(clips)} clips of about {seconds:g} s, {size[0]} × {size[1]}, a key frame every second; {FRAMES} frames "
@@ -218,7 +222,7 @@ def encoding(folder: Path, small: bool, shape: VisionShape) -> Case:
         per=frames,
         unit="frames",
         note=f"Features are kept in half precision. In turn the encoder takes the {FRAMES} frames of a clip a call, "
-        f"elmd's up to {vision.batch_frames}. It waits while it is not called: for frames, for workers to start, for "
+        f"elmd's up to {maker.batch_frames}. It waits while it is not called: for frames, for workers to start, for "
         "shards to be written. It shares the cores with the workers.",
     )
 

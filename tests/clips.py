@@ -1,17 +1,20 @@
-"""Clips made for tests, and decoders that misbehave (importable by worker processes)."""
+"""Clips and samples with clips, made for tests; and decoders that misbehave (importable by worker processes)."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 
-from elmd.types import Clip
+from elmd.errors import ClipError
+from elmd.labels import EMOTIONS
+from elmd.types import Clip, Sample, Utterance
 from elmd.vision.video import read_clip
 
 
@@ -79,3 +82,21 @@ def misbehaving(clip: Clip, frames: int, size: int, decoder: str) -> np.ndarray:
     if name.startswith("throw"):
         raise ZeroDivisionError("a bug in a codec")
     return read_clip(clip, frames, size, decoder)
+
+
+def decode_here(
+    requests: Iterable[tuple[str, Clip]], *, frames: int, size: int, decoder: str, **_: object
+) -> Iterator[tuple[str, np.ndarray | ClipError]]:
+    """`decode_clips` without worker processes, for tests of what is done with the frames."""
+    for key, clip in requests:
+        try:
+            yield key, read_clip(clip, frames, size, decoder)
+        except ClipError as error:
+            yield key, error
+
+
+def sample(number: int, clip: Clip | None = None, features: str | None = None) -> Sample:
+    """Sample d#<number> with this clip, or with this file of features."""
+    utterance = Utterance(f"u{number}", "甲", "你好", EMOTIONS[0], clip=clip, features=features)
+    response = Utterance(f"r{number}", "乙", "好", EMOTIONS[0])
+    return Sample(f"d#{number}", "d", "s", "train", (), utterance, response)

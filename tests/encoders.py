@@ -35,6 +35,21 @@ def tiny(seed: int = 0, **changes: object) -> VisionEncoder:
     return encoder
 
 
+def write_resnet(folder: Path) -> Path:
+    """A random ResNet with a classifier, as published ones have, and a mean of its own."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    shape = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6], depths=[1, 1], layer_type="basic", num_labels=3)
+    model = ResNetForImageClassification(shape).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3], "do_resize": true}')
+    return folder
+
+
 def write_bert(folder: Path) -> Path:
     """A bare BERT folder with random weights, as transformers writes it."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(CHARACTERS)]

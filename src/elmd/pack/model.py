@@ -61,11 +61,12 @@ from elmd.pack.folder import (
 from elmd.retrieval import load_retriever
 from elmd.retrieval.index import Index, demonstrations
 from elmd.retrieval.retriever import encode
-from elmd.stages.base import Job
 from elmd.stages.eerg import task_of
-from elmd.stages.features import Encoded, Precomputed, Shards
+from elmd.stages.features import clip_encoder
 from elmd.stages.parts import check_ids, place
 from elmd.types import Demonstration, Sample
+from elmd.vision.arrays import ArrayReader
+from elmd.vision.clips import ClipEncoder, FeatureMaker
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Pack:
                 where=folder / FACTS,
                 fix="export the model again",
             )
-        self._eyes: Encoded | None = None  # loaded at the first clip
+        self._clip_encoder: ClipEncoder | None = None  # loaded at the first clip
         self.index: Index | None = None
         if cfg.retrieves and facts["index"]:
             self.retriever = load_retriever(folder / RETRIEVER, device=accelerator.device)
@@ -226,51 +227,43 @@ class Pack:
         """V_c of each sample, as stage `features` makes it, and the error of each clip that was lost."""
         if not self.cfg.sees_video or not any(s.utterance.clip or s.utterance.features for s in samples):
             return no_features, {}
-        work: Encoded | Precomputed
-        if self.cfg.vision.kind is VisionKind.precomputed:
-            work = Precomputed(self.cfg, samples)
-        elif self.cfg.vision.path is None:
+        projector = self.model.projector
+        assert projector is not None, "checked by the constructor"
+        maker = self._feature_maker()
+        plan = maker.plan(samples)
+        made: dict[str, Tensor] = {}  # in half precision, as in the files of stage `features`
+        lost: dict[str, str] = {}
+        for key, result in maker.features(plan, sorted(plan.sources)):
+            if isinstance(result, ClipError):
+                lost[key] = str(result)
+                continue
+            if result.shape[-1] != (width := projector.linear.in_features):
+                raise DataError(
+                    f"visual tokens are {result.shape[-1]} wide, and the projector reads {width}",
+                    where=plan.sources[key].path,
+                    fix="make them with the encoder that the model was trained with",
+                )
+            made[key] = result
+
+        def features(sample: str) -> Tensor | None:
+            key = plan.keys[sample]
+            return made[key].float() if key is not None and key in made else None
+
+        return features, lost
+
+    def _feature_maker(self) -> FeatureMaker:
+        vision = self.cfg.vision
+        if vision.kind is VisionKind.precomputed:
+            return ArrayReader(vision.shape)
+        if vision.path is None:
             raise CheckpointError(
                 "a clip needs the vision encoder, which is no part of a pack",
                 where=self.facts["name"],
                 fix=give_base("vision", self.facts["vision"]),
             )
-        else:
-            if self._eyes is None:
-                self._eyes = Encoded(self.cfg, Job(self.folder, {}, self.accelerator))
-            self._eyes.look(samples)
-            work = self._eyes
-        seen = _Seen()
-        lost = work.make(sorted(work.sources), seen)
-        projector = self.model.projector
-        assert projector is not None, "the constructor has seen to it"
-        for key, tokens in seen.waiting.items():
-            if tokens.shape[-1] != (width := projector.linear.in_features):
-                raise DataError(
-                    f"visual tokens are {tokens.shape[-1]} wide, and the projector reads {width}",
-                    where=str(work.sources[key]),
-                    fix="make them with the encoder that the model was trained with",
-                )
-        keys = work.keys
-
-        def features(sample: str) -> Tensor | None:
-            key = keys[sample]
-            return seen.waiting[key].float() if key is not None and key not in lost else None
-
-        return features, lost
-
-
-class _Seen(Shards):
-    """Features kept in memory, in the half precision of the files."""
-
-    def __init__(self) -> None:
-        self.waiting: dict[str, Tensor] = {}
-
-    def add(self, features: Mapping[str, Tensor]) -> None:
-        self.waiting |= features
-
-    def flush(self) -> None:
-        """There is no file."""
+        if self._clip_encoder is None:
+            self._clip_encoder = clip_encoder(vision, Path(vision.path), self.accelerator.device)
+        return self._clip_encoder
 
 
 def load_pack(

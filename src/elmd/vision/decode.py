@@ -29,6 +29,12 @@ _START_S = 300.0
 ReadClip = Callable[[Clip, int, int, str], np.ndarray]
 
 
+def spare_cores() -> int:
+    """The cores of this machine divided among its processes (LOCAL_WORLD_SIZE), less one each; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
+
+
 def decode_clips(
     requests: Iterable[tuple[str, Clip]],
     *,

@@ -1,8 +1,8 @@
-"""Visual features on disk: V_c of each distinct clip once, in half precision, and which sample has which.
+"""Visual features on disk: those of each distinct clip once, in half precision, and which sample has which.
 
 A folder holds `index.json` and `shards/*.safetensors`. A shard has one tensor `features` [n, V, q] (float16) and, in
-its metadata, the keys of its n clips; so shards can be read before the index exists, which is how an interrupted run
-goes on. Shards are memory-mapped: a row is read from disk when it is asked for.
+its metadata, the keys of its n clips. So shards can be read before the index exists, and an interrupted run keeps them.
+Shards are memory-mapped: a row is read from disk when it is asked for.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"
 SHARDS = "shards"
+#: Clips per shard: what a kill costs at most, on each rank. A shard of VisualGLM's features (m = 8) then has 15 MiB.
+CLIPS_PER_SHARD = 256
 
 
 class Place(NamedTuple):
@@ -35,7 +37,7 @@ class FeatureStore:
     """Reads a folder of features.
 
     Attributes:
-        tokens: V = o + m, visual tokens per sample.
+        tokens: V, visual tokens per sample: o + m where they are pooled.
         width: q.
 
     Raises:
@@ -54,7 +56,7 @@ class FeatureStore:
         self._open: dict[str, Any] = {}
 
     def get(self, sample: str) -> Tensor | None:
-        """V_c of a sample, float32 [V, q]; None where the sample has no usable clip (it is text-only).
+        """The features of a sample, float32 [V, q]; None where the sample has no usable clip (it is text-only).
 
         Raises:
             ArtifactError: the features were made for other samples, or a shard is gone.
@@ -84,8 +86,29 @@ class FeatureStore:
         return {**self.__dict__, "_open": {}}  # open files do not travel to another process
 
 
+class ShardWriter:
+    """Writes a rank's shards, each as soon as CLIPS_PER_SHARD clips are there."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.rank = folder / SHARDS, rank
+        self._waiting: dict[str, Tensor] = {}
+
+    def add(self, key: str, features: Tensor) -> None:
+        """Take a clip's features [V, q]."""
+        self._waiting[key] = features
+        if len(self._waiting) >= CLIPS_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what no shard has yet."""
+        if self._waiting:
+            number = len(list(self.folder.glob(f"{self.rank:03d}-*.safetensors")))
+            write_shard(self.folder / f"{self.rank:03d}-{number:05d}.safetensors", self._waiting)
+            self._waiting = {}
+
+
 def write_shard(path: Path, features: Mapping[str, Tensor]) -> None:
-    """Write V_c [V, q] by clip key as one shard; the file appears whole or not at all."""
+    """Write features [V, q] by clip key as one shard; the file appears whole or not at all."""
     import torch
     from safetensors.torch import save_file
 
@@ -95,7 +118,7 @@ def write_shard(path: Path, features: Mapping[str, Tensor]) -> None:
 
 
 def read_shards(folder: Path) -> dict[str, Place]:
-    """Where the finished shards have which clip, by key."""
+    """The place of each clip in the finished shards, by key."""
     from safetensors import safe_open
 
     places: dict[str, Place] = {}
@@ -116,8 +139,8 @@ def index_of(samples: Mapping[str, str | None], places: Mapping[str, Place]) -> 
     clips = {key: places[key] for key in samples.values() if key is not None}
     sizes = {(place.tokens, place.width) for place in clips.values()}
     if len(sizes) != 1:
-        found = " and ".join(str(list(size)) for size in sorted(sizes))
-        raise DataError(f"samples have features of different sizes: {found}", fix="make them all alike")
+        listed = " and ".join(str(list(size)) for size in sorted(sizes))
+        raise DataError(f"samples have features of different sizes: {listed}", fix="make them all of one size")
     [(tokens, width)] = sizes
-    where = {key: [place.shard, place.row] for key, place in clips.items()}
-    return {"tokens": tokens, "width": width, "samples": dict(samples), "clips": where}
+    rows = {key: [place.shard, place.row] for key, place in clips.items()}
+    return {"tokens": tokens, "width": width, "samples": dict(samples), "clips": rows}
