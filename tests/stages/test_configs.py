@@ -90,6 +90,21 @@ def test_visualglm_is_elmd_configured_otherwise(experiment: str) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("choices", "threads"),
+    [
+        (["experiment=demo"], 1),
+        (["experiment=cped_tiny"], 1),
+        (["experiment=demo_table2", "baseline=livebot_tiny"], 1),
+        (["experiment=demo", "threads=0"], 0),
+        (["experiment=table2_m3ed"], 0),
+    ],
+)
+def test_tiny_models_run_with_one_thread_unless_told_otherwise(choices: list[str], threads: int) -> None:
+    for command in ("train", "evaluate"):
+        assert compose([*choices, *GIVEN], command).threads == threads
+
+
 @pytest.mark.parametrize("ablation", DECLARED)
 def test_ablations_survive_what_an_experiment_sets(ablation: str, tmp_path: Path) -> None:
     """An experiment that sets the very keys must still be overruled by the ablation, which comes after it."""
