@@ -19,8 +19,10 @@ from elmd.engine.store import read_manifest
 from elmd.errors import ArtifactError
 from elmd.evaluation.comparison import compare_systems
 from elmd.evaluation.comparison_tables import LEGEND, cell_text, p_text
-from elmd.evaluation.runs import FULL, Job, read_experiment
+from elmd.evaluation.jobs import JobFolder
+from elmd.evaluation.runs import read_experiment
 from elmd.evaluation.significance import over_seeds
+from elmd.evaluation.systems import FULL
 
 #: What Table 3 reports, and the emotion of the reply beside it.
 METRICS = (("paper", "bleu4_char"), ("paper", "meteor_char"), ("paper", "rougeL_char"), ("emotion", "accuracy"))
@@ -30,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="runs/experiments/demo_claims")
     folder: Path = parser.parse_args().folder
-    read = [Job.read(path) for path in sorted(folder.glob("*/artifacts.json"))]
+    read = [JobFolder.read(path) for path in sorted(folder.glob("*/artifacts.json"))]
     jobs = {(one.config["ablation_name"], one.config["vision"]["shuffle"], one.seed): one for one in read}
     if not jobs:
         raise ArtifactError("holds no runs", where=folder, fix="run make claims")

@@ -26,12 +26,11 @@ from elmd.engine.files import read_json
 from elmd.errors import DataError, ElmdError
 from elmd.evaluation.comparison import compare_systems, reference_of
 from elmd.evaluation.comparison_tables import score_table, write_comparison
-from elmd.evaluation.runs import ARTIFACTS, read_experiment
+from elmd.evaluation.jobs import ARTIFACTS, PREDICTIONS
+from elmd.evaluation.runs import read_experiment
 from elmd.evaluation.score import read_predictions, score
 from elmd.evaluation.tables import GROUPS, group_table, write_tables
 from elmd.metrics.text import PROTOCOLS
-
-NAME = "predictions.jsonl"
 
 
 def find(folder: Path) -> Iterator[Path]:
@@ -46,8 +45,8 @@ def find(folder: Path) -> Iterator[Path]:
         for name in [name for name in folders if name.endswith(".partial")]:
             log.logger.warning("%s is not finished: left out", Path(root) / name)
         folders[:] = sorted(name for name in folders if not name.endswith(".partial"))
-        if NAME in files:
-            yield Path(root) / NAME
+        if PREDICTIONS in files:
+            yield Path(root) / PREDICTIONS
 
 
 def collect(paths: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
@@ -58,7 +57,7 @@ def collect(paths: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
     for path in paths:
         found = sorted(find(path)) if path.is_dir() else [path]
         if not found:
-            failed[str(path)] = f"holds no {NAME}"
+            failed[str(path)] = f"holds no {PREDICTIONS}"
         for file in found:
             if (same := real.get(file.resolve())) is not None:
                 log.logger.warning("%s is the same file as %s: scored once", file, same)
@@ -80,7 +79,7 @@ def experiments(path: Path) -> list[Path]:
     """The experiments' folders at or below `path` that have predictions; `path` itself where it is a job of one."""
     found: dict[Path, None] = {}
     for file in sorted(path.absolute().rglob(ARTIFACTS)):
-        if not (file.parent / NAME).is_file():
+        if not (file.parent / PREDICTIONS).is_file():
             continue
         try:
             name = read_json(file)["config"]["experiment_name"]
@@ -116,7 +115,7 @@ def compare(folders: Sequence[Path], others: Mapping[str, Path], protocols: Sequ
 
 def _name(file: Path, given: Path) -> str:
     """A file's own name, or for predictions.jsonl that of its folder, below the folder that was given."""
-    if file.name != NAME:
+    if file.name != PREDICTIONS:
         return file.stem
     if file == given:
         return file.absolute().parent.name

@@ -13,6 +13,11 @@ from elmd.evaluation.score import Prediction, write_predictions
 from elmd.labels import Emotion
 
 EMOTIONS = list(Emotion)
+#: As `elmd.stages.chain.ROLES`; written out, because reading a run must not depend on the code that made it.
+ROLES = {
+    "samples": "prepare", "retriever": "erm", "demonstrations": "index", "features": "features", "projector": "rep",
+    "generator": "eerg", "replies": "generate",
+}  # fmt: skip
 
 
 def config(name: str = "demo", seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -24,6 +29,7 @@ def config(name: str = "demo", seed: int = 0, **changes: Any) -> dict[str, Any]:
         "retriever": {"name": "tiny", "k": 1, "key": "E_s"}, "erm": {"slots": 4, "emotion_weight": 1.0},
         "eerg": {"micro_tokens": 4096}, "prompt": {"instruction": "你在扮演电视剧中的人物。"},
         "baseline": {"name": "none"}, "generate": {"split": "test"}, "ablation_name": "none",
+        "paper_dataset": "M3ED",
     }  # fmt: skip
     for key, value in changes.items():
         group, _, rest = key.partition("__")
@@ -50,8 +56,13 @@ def job(
     config: Mapping[str, Any],
     said: Sequence[Prediction] | None,
     stages: Mapping[str, Mapping[str, Any]] = {},
+    axes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A job's folder with its artifacts beside the experiment's; without predictions where `said` is None."""
+    """A job's folder with its artifacts beside the experiment's; without predictions where `said` is None.
+
+    Args:
+        axes: what the sweep sets for this job, beside the seed; None: no sweep's job.
+    """
     runs = folder.parent.parent.parent
     artifacts = {}
     for stage, manifest in {"prepare": {"stage": "prepare"}, **stages}.items():
@@ -61,7 +72,10 @@ def job(
         artifacts[stage] = f"../../../{stage}/abc"
     save_samples(runs / "prepare" / "abc" / "samples.jsonl", make_samples(12))
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"config": config, "artifacts": artifacts}
+    about = {
+        "config": config, "artifacts": artifacts, "roles": ROLES, "job": None if axes is None else folder.name,
+        "axes": None if axes is None else {"seed": config["seed"], **axes},
+    }  # fmt: skip
     (folder / "artifacts.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
     if said is not None:
         write_predictions(folder / "predictions.jsonl", said)

@@ -17,7 +17,7 @@ from elmd.types import Clip, Sample, Utterance
 
 #: What a run's configuration must hold to be named.
 CONFIGS = {
-    "ELMD": {"baseline": {"name": "none"}, "ablation_name": "none"},
+    "ELMD": {"baseline": {"name": "none"}, "ablation_name": "none", "vision": {"kind": "encoder"}},
     "DialoGPT": {"baseline": {"name": "dialogpt"}, "ablation_name": "none"},
 }
 
@@ -59,13 +59,19 @@ def make_experiment(
     save_samples(prepare / "samples.jsonl", samples)
     write_json(prepare / "manifest.json", {})
     experiment = folder / "experiments" / "made"
-    about = {"experiment_name": "made", "data": {"name": data}}
+    about = {"experiment_name": "made", "data": {"name": data}, "paper_dataset": "M3ED"}
     for system in systems:
         for seed in seeds:
             job = experiment / f"{system.lower()}-{seed}"
             write_json(
                 job / "artifacts.json",
-                {"config": {**CONFIGS[system], **about, "seed": seed}, "artifacts": {"prepare": "../../../prepare/1"}},
+                {
+                    "config": {**CONFIGS[system], **about, "seed": seed},
+                    "artifacts": {"prepare": "../../../prepare/1"},
+                    "roles": {"samples": "prepare"},
+                    "job": f"{system.lower()}-{seed}",
+                    "axes": {"seed": seed},
+                },
             )
             write_predictions(
                 job / "predictions.jsonl",

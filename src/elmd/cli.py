@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from elmd import log
-from elmd.config import Config, check
+from elmd.config import INCIDENTAL, Config, check, plain
 from elmd.engine.files import digest
 from elmd.errors import ConfigError, ElmdError, TrainingError
 
@@ -102,7 +103,7 @@ def run(cfg: Config, action: Action) -> None:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     log.setup()
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+    if _multirun():
         log.logger.info("job %s of the sweep: %s", HydraConfig.get().job.num, HydraConfig.get().job.override_dirname)
     # peft still asks transformers under the old name; nothing a user could do about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
@@ -198,10 +199,36 @@ def _keys(node: DictConfig, prefix: str = "") -> list[str]:
 def experiment_folder(cfg: Config) -> Path:
     """`runs/experiments/<name>/`; each job of a sweep has its own folder there, named by what the job sets."""
     folder = Path(cfg.runs_dir) / "experiments" / cfg.experiment_name
-    job = cfg.job
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        job = HydraConfig.get().job.override_dirname or "job"
+    job = HydraConfig.get().job.override_dirname or "job" if _multirun() else cfg.job
     return folder / job_name(job) if job else folder
+
+
+def job_axes(cfg: Config) -> dict[str, Any] | None:
+    """The axes of this process's job, see `axes`; None outside a sweep."""
+    return axes(HydraConfig.get(), cfg) if HydraConfig.initialized() and (_multirun() or cfg.job) else None
+
+
+def axes(job: HydraConf | DictConfig, cfg: Config) -> dict[str, Any]:
+    """What a job of a sweep sets that can tell its results from another job's: dotted key -> value, group -> choice.
+
+    Args:
+        job: Hydra's own configuration of the job, with its overrides and with the keys that its name leaves out.
+        cfg: what the overrides compose to.
+    """
+    left_out = {*job.job.config.override_dirname.exclude_keys, *INCIDENTAL}
+    values: dict[str, Any] = {}
+    for override in job.overrides.task:
+        key, _, choice = override.lstrip("+~").partition("=")
+        if key not in left_out:
+            value: Any = plain(cfg)
+            for name in key.split("."):
+                value = value.get(name, {}) if isinstance(value, dict) else {}
+            values[key] = choice if isinstance(value, dict) else value
+    return values
+
+
+def _multirun() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def job_name(job: str) -> str:

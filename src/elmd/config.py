@@ -120,6 +120,13 @@ class BaselineName(StrEnum):
         return self in (BaselineName.dialogpt, BaselineName.livebot)
 
 
+class PaperDataset(StrEnum):
+    """The paper's two data sets, as its tables call them."""
+
+    m3ed = "M3ED"
+    mmed = "MMED"
+
+
 class SelectionSplit(StrEnum):
     """Splits a choice may be made on. `test` is not among them, so choosing by it cannot be written down."""
 
@@ -362,6 +369,7 @@ class Config:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     predictions: str | None = None  # evaluate only: a predictions JSONL to score instead of generating
     ablation_name: str = "none"
+    paper_dataset: PaperDataset = PaperDataset.m3ed  # whose numbers in the paper stand beside this run's in tables
 
     @property
     def sees_video(self) -> bool:
@@ -370,6 +378,14 @@ class Config:
     @property
     def retrieves(self) -> bool:
         return self.retriever.k > 0
+
+
+#: Keys that a job of a sweep may set without becoming another system: how fast and where it runs.
+INCIDENTAL = (
+    "llm.checkpointing", "llm.attention", "vision.workers", "vision.timeout_s", "vision.batch_frames",
+    "rep.micro_tokens", "eerg.micro_tokens", "baseline.micro_tokens", "erm.checkpoint_every", "rep.checkpoint_every",
+    "eerg.checkpoint_every", "baseline.checkpoint_every", "generate.batch_tokens", "predictions",
+)  # fmt: skip
 
 
 def plain(config: Any) -> dict[str, Any]:

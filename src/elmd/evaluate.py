@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elmd.cli import command, experiment_folder
+from elmd.cli import command, experiment_folder, job_axes
 from elmd.config import Config, StageName, plain
 from elmd.errors import ConfigError
 from elmd.log import logger, table
@@ -25,14 +25,15 @@ def evaluate(cfg: Config, accelerator: Accelerator) -> None:
         raise ConfigError("has no stages", where="elmd.evaluate", fix="leave stage= out; python -m elmd.train has them")
 
     from elmd.data.samples import load_samples
-    from elmd.evaluation.runs import PREDICTIONS, system_name
+    from elmd.evaluation.jobs import PREDICTIONS
     from elmd.evaluation.score import read_predictions
+    from elmd.evaluation.systems import system_name
     from elmd.stages.chain import Chain
 
     chain = Chain(cfg, accelerator)
     made = chain.run_one("generate")
     folder = experiment_folder(cfg)
-    chain.point(folder)
+    chain.point(folder, job_axes(cfg))
     if not accelerator.is_main_process:
         return
     samples = load_samples(chain.folder("prepare") / "samples.jsonl")

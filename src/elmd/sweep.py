@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,11 +31,12 @@ from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from elmd import log
-from elmd.cli import composition_error, config_dir, experiment_folder, guard, register, typed
-from elmd.config import Config, StageName
+from elmd.cli import axes, composition_error, config_dir, experiment_folder, guard, register, typed
+from elmd.config import Config, StageName, plain
 from elmd.engine.files import read_json, write_json
 from elmd.engine.store import Store
 from elmd.errors import ConfigError, ElmdError
+from elmd.evaluation.systems import system_name
 from elmd.log import logger
 
 #: What a job runs, one after the other, and what sweep.json calls them.
@@ -54,11 +55,13 @@ class Job:
         name: of its folder below the experiment's, of its log, and in tables.
         overrides: its command line, `job=…` not among them.
         cfg: what they compose to, checked, with `job` set.
+        axes: what they set, see `elmd.cli.axes`.
     """
 
     name: str
     overrides: tuple[str, ...]
     cfg: Config
+    axes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -67,10 +70,16 @@ class Job:
 
 @dataclass
 class State:
-    """What stands of a job in `sweep.json`; a job that was stopped is waiting, in the stage that it had come to."""
+    """What stands of a job in `sweep.json`; a job that was stopped is waiting, in the stage that it had come to.
+
+    `system`, `seed` and `axes` say what the job is where it leaves nothing else behind.
+    """
 
     job: str
     overrides: list[str]
+    system: str
+    seed: int
+    axes: Mapping[str, Any]
     status: str = "waiting"  # done, failed, running, waiting
     stage: str | None = None  # train, evaluate; None before and after
     error: str | None = None  # one sentence
@@ -111,6 +120,7 @@ def _job(overrides: Sequence[str], hydras: Sequence[str]) -> Job:
         raw = hydra.compose("train", [*hydras, *overrides], return_hydra_config=True)
         # Of a name that becomes a folder and stands on a command line, only what means nothing to either.
         name = re.sub(r"[^\w.,=+@~:\[\]-]", "_", raw.hydra.job.override_dirname) or "job"
+        hydras_own = raw.hydra
         with open_dict(raw):
             del raw["hydra"]
         cfg = replace(typed(raw), job=name)
@@ -118,7 +128,7 @@ def _job(overrides: Sequence[str], hydras: Sequence[str]) -> Job:
         told = error if isinstance(error, ElmdError) else composition_error(error)
         where = ": ".join(filter(None, [f"job {' '.join(overrides)}", told.where]))
         raise ConfigError(told.what, where=where, fix=told.fix) from error
-    return Job(experiment_folder(cfg).name, (*hydras, *overrides), cfg)
+    return Job(experiment_folder(cfg).name, (*hydras, *overrides), cfg, axes(hydras_own, cfg))
 
 
 def _check(jobs: Sequence[Job]) -> None:
@@ -285,7 +295,13 @@ class Sweep:
     ):
         self.folder, self.jobs, self.slots, self.command = folder, jobs, list(slots), command
         self.environment = environment
-        self.states = {job.name: State(job.name, list(job.overrides), log=f"logs/{job.name}.log") for job in jobs}
+        self.states = {
+            job.name: State(
+                job.name, list(job.overrides), system_name(plain(job.cfg)), job.cfg.seed, job.axes,
+                log=f"logs/{job.name}.log",
+            )
+            for job in jobs
+        }  # fmt: skip
         before = {state["job"]: state for state in self._recorded()}
         for name in done:
             self.states[name] = replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from elmd.cli import command, experiment_folder
+from elmd.cli import command, experiment_folder, job_axes
 from elmd.config import Config
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ def train(cfg: Config, accelerator: Accelerator) -> None:
 
     chain = Chain(cfg, accelerator)
     chain.run(cfg.stage)
-    chain.point(experiment_folder(cfg))
+    chain.point(experiment_folder(cfg), job_axes(cfg))
 
 
 main = command("train", train)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from elmd.errors import ArtifactError, DataError
-from elmd.evaluation.runs import Missing, read_experiment, system_name
+from elmd.evaluation.runs import Missing, read_experiment
 from elmd.evaluation.score import Prediction, write_predictions
+from elmd.evaluation.systems import system_name
 from experiments import config, job, predictions
 
 REFERENCES = ["今天真的好高兴啊", "你怎么了？", "我也不知道。"]
@@ -41,12 +42,6 @@ def test_names(changes: dict[str, Any], name: str) -> None:
     assert system_name(config(**changes)) == name
 
 
-def test_old_configurations_have_no_baseline() -> None:
-    old = config()
-    del old["baseline"]
-    assert system_name(old) == "ELMD"
-
-
 def test_runs_come_in_the_order_of_the_papers_tables(folder: Path) -> None:
     for i, (key, value) in enumerate(
         [("ablation_name", "no_rep"), ("ablation_name", "no_erm"), ("ablation_name", "none"),
@@ -62,9 +57,10 @@ def test_runs_come_in_the_order_of_the_papers_tables(folder: Path) -> None:
     run = found.systems["w/o ERM"][0]
     assert (run.folder, run.path) == (folder / "1,0", folder / "1,0" / "predictions.jsonl")
     assert run.predictions == said()
-    assert run.manifest("prepare") == {"stage": "prepare"}
+    assert run.manifest("samples") == {"stage": "prepare"}
+    assert run.artifact("generator") is None
     with pytest.raises(ArtifactError, match=r"1,0: has no finished eerg \(finished: prepare\)"):
-        run.manifest("eerg")
+        run.manifest("generator")
     assert len(found.samples()) == 12
     assert any("VisualGLM-style: ELMD's parts" in note for note in found.notes)
     assert not any("text only" in note for note in found.notes)
@@ -77,46 +73,62 @@ def test_a_single_run_is_an_experiment(folder: Path) -> None:
     assert any("ELMD is text only here" in note for note in found.notes)
 
 
-def test_what_varies_becomes_part_of_the_name(folder: Path) -> None:
+def vary(folder: Path, name: str, said: list[Prediction] | None, ablation: str = "none", **axes: Any) -> None:
+    """A sweep's job that sets keys as `erm__slots=2`."""
+    made = config(ablation_name=ablation, **axes)
+    job(folder / name, made, said, axes={key.replace("__", "."): value for key, value in axes.items()})
+
+
+def test_what_a_sweep_varies_becomes_part_of_the_name(folder: Path) -> None:
     for slots in (16, 2, 4):
-        job(folder / f"s{slots}", config(erm__slots=slots, threads=slots, eerg__micro_tokens=slots), said())
+        vary(folder, f"s{slots}", said(), erm__slots=slots, vision__frames=8)
     assert list(read_experiment(folder).systems) == ["ELMD, s = 2", "ELMD, s = 4", "ELMD, s = 16"]
-    job(folder / "other", config(ablation_name="no_ert", erm__slots=4, erm__emotion_weight=0.0), said())
-    assert list(read_experiment(folder).systems)[-1] == "w/o ERT, s = 4"  # what an ablation sets is its own
+    vary(folder, "other", said(), "no_ert", erm__slots=4)
+    assert list(read_experiment(folder).systems)[-1] == "w/o ERT, s = 4"
 
 
-@pytest.mark.parametrize(
-    ("one", "two", "names"),
-    [
-        ({"vision__frames": 8}, {"vision__frames": 16}, ["ELMD, m = 8", "ELMD, m = 16"]),
-        ({"retriever__key": "e_u"}, {}, ["ELMD, retriever.key=E_s", "ELMD, retriever.key=e_u"]),
-        ({"llm__name": "qwen", "llm__path": "/x"}, {}, ["ELMD, llm=qwen", "ELMD, llm=tiny"]),
-    ],
-)
-def test_names_of_variants(folder: Path, one: dict[str, Any], two: dict[str, Any], names: list[str]) -> None:
-    job(folder / "a", config(**one), said())
-    job(folder / "b", config(**two), said())
-    assert list(read_experiment(folder).systems) == names
-
-
-def test_long_values_are_told_apart_by_digest(folder: Path) -> None:
+def test_a_run_outside_the_sweep_is_named_by_its_value(folder: Path) -> None:
     job(folder / "a", config(), said())
-    job(folder / "b", config(prompt__instruction="很长" * 40), said())
+    vary(folder, "b", said(), retriever__key="e_u")
+    assert list(read_experiment(folder).systems) == ["ELMD, retriever.key=E_s", "ELMD, retriever.key=e_u"]
+
+
+def test_a_group_is_named_by_its_choice(folder: Path) -> None:
+    job(folder / "a", config(llm__name="qwen", llm__path="/x"), said(), axes={"llm": "qwen"})
+    job(folder / "b", config(), said(), axes={})
+    assert list(read_experiment(folder).systems) == ["ELMD, llm=qwen", "ELMD, llm=tiny"]
+
+
+def test_long_values_become_a_digest(folder: Path) -> None:
+    vary(folder, "a", said())
+    vary(folder, "b", said(), prompt__instruction="很长" * 40)
     names = list(read_experiment(folder).systems)
     assert len(set(names)) == 2
-    assert all(len(name) < 50 for name in names)
+    assert all(len(name) < 60 for name in names)
 
 
-def test_settings_that_are_mixed_are_told_of_every_system(folder: Path) -> None:
-    job(folder / "a", config(eerg__steps=10), said())
-    job(folder / "b", config(eerg__steps=20), said())
-    job(folder / "c", config(ablation_name="no_erm", eerg__steps=20), said())
-    job(folder / "d", config(baseline__name="dialogpt", eerg__steps=20), said())
+def test_settings_that_are_mixed_are_named_for_every_system(folder: Path) -> None:
+    vary(folder, "a", said(), eerg__steps=10)
+    vary(folder, "b", said(), eerg__steps=20)
+    vary(folder, "c", said(), "no_erm", eerg__steps=20)
+    job(folder / "d", config(baseline__name="dialogpt", eerg__steps=20), said(), axes={"eerg.steps": 20})
     found = read_experiment(folder)
     assert set(found.systems) == {
         "DialoGPT", "ELMD, eerg.steps=10", "ELMD, eerg.steps=20", "w/o ERM, eerg.steps=20",
     }  # fmt: skip
     assert any(note.startswith("Runs of several settings are mixed here (ELMD, eerg.steps=10") for note in found.notes)
+
+
+def test_settings_that_changed_between_seeds_are_noted(folder: Path) -> None:
+    """As where a YAML file is edited between two sweeps: no axis shows it."""
+    for seed in (0, 1):
+        made = {f"eerg{seed}": {"depends": {"config": {"eerg": {"steps": 10 + seed, "batch_size": 16}}}}}
+        path = job(folder / f"{seed}", config(seed=seed), said(), made, axes={}) / "artifacts.json"
+        about = json.loads(path.read_text(encoding="utf-8"))
+        about["artifacts"]["eerg"] = about["artifacts"].pop(f"eerg{seed}")
+        path.write_text(json.dumps(about), encoding="utf-8")
+    note = "The runs of ELMD differ in what stage eerg was made with (eerg.steps): their spread is not"
+    assert any(text.startswith(note) for text in read_experiment(folder).notes)
 
 
 def test_missing_are_holes_of_the_grid_and_what_was_not_evaluated(folder: Path) -> None:
@@ -128,13 +140,13 @@ def test_missing_are_holes_of_the_grid_and_what_was_not_evaluated(folder: Path) 
     assert [(one.system, one.seed) for one in missing] == [("w/o SSC", 1), ("w/o ERM", 1)]
     assert "d has no predictions.jsonl (last stage done: erm)" in missing[0].why
     assert missing[1].why == "there is no run of this seed, and there is of others"
-    job(folder / "e", config(seed=1, erm__slots=9), None)
+    job(folder / "e", config(seed=1, erm__slots=9), None, axes={"erm.slots": 9})
     assert "ELMD, s = 9" in [one.system for one in read_experiment(folder).missing]
     assert "ELMD" in read_experiment(folder).systems
 
 
 def sweep(folder: Path, *jobs: dict[str, Any]) -> None:
-    rest = {"status": "done", "stage": None, "error": None, "log": None, "seconds": 1.0}
+    rest = {"system": "ELMD", "seed": 0, "axes": {}, "status": "done", "stage": None, "error": None, "log": None}
     text = json.dumps({"experiment": "demo", "jobs": [{**rest, **one} for one in jobs]})
     (folder / "sweep.json").write_text(text, encoding="utf-8")
 
@@ -143,21 +155,20 @@ def test_a_sweep_says_what_failed(folder: Path) -> None:
     job(folder / "a", config(seed=0), said())
     job(folder / "b", config(seed=1), said("旧的。"))  # of an earlier sweep: its job has failed since
     job(folder / "d", config(ablation_name="no_v"), None)
-    common = ["experiment=demo", "data.path=/data"]
     sweep(
         folder,
-        {"job": "a", "overrides": [*common, "seed=0", "baseline=none"]},
-        {"job": "b", "overrides": [*common, "seed=1"], "status": "failed", "stage": "train", "log": "logs/b.log",
+        {"job": "a", "axes": {"baseline": "none"}},
+        {"job": "b", "seed": 1, "status": "failed", "stage": "train", "log": "logs/b.log",
          "error": "no GPU; get one."},
-        {"job": "c", "overrides": [*common, "seed=0", "baseline=livebot_tiny"], "status": "waiting"},
-        {"job": "d", "overrides": [*common, "seed=0", "ablation=no_v", "erm.slots=8", "threads=2"]},
+        {"job": "c", "system": "Livebot", "axes": {"baseline": "livebot_tiny"}, "status": "waiting"},
+        {"job": "d", "system": "w/o V", "axes": {"ablation": "no_v", "erm.slots": 8}},
     )  # fmt: skip
     found = read_experiment(folder)
     assert [(run.system, run.seed) for run in found.runs] == [("ELMD", 0)]
     assert found.missing == [
         Missing("ELMD", 1, "failed in train: no GPU; get one.", folder / "logs" / "b.log"),
-        Missing("Livebot", 0, "not begun; run the sweep again to go on", None),
-        Missing("w/o V, s = 8", 0, "said to be done, but has no predictions; run the sweep again", None),
+        Missing("Livebot", 0, "not begun; run the sweep again to resume it", None),
+        Missing("w/o V, s = 8", 0, "is recorded as done and has no predictions; run the sweep again", None),
     ]
 
 
@@ -201,7 +212,7 @@ def test_nothing_to_read_says_what_to_run(folder: Path) -> None:
     folder.mkdir(parents=True)
     with pytest.raises(DataError, match=r"holds no run with predictions; name runs/experiments/<name> after"):
         read_experiment(folder)
-    sweep(folder, {"job": "a", "overrides": ["seed=0"], "status": "failed", "stage": "train", "error": "no data"})
+    sweep(folder, {"job": "a", "status": "failed", "stage": "train", "error": "no data"})
     with pytest.raises(DataError, match=r"no run with predictions \(ELMD, seed 0: failed in train: no data\)"):
         read_experiment(folder)
     (folder / "sweep.json").write_text("{", encoding="utf-8")

@@ -31,6 +31,7 @@ from elmd.report.embeddings import clouds
 from elmd.report.gallery import pick
 from elmd.report.links import Links
 from elmd.types import SPLITS, Sample, Utterance
+from experiments import ROLES
 
 EVIL = '<script>alert("u")</script><img src=x onerror=alert(1)> & $x_1$ </script>'
 PARTS = {"instruction": "写。", "background": "背景：{background}", "turn": "{text}", "utterance": "{text}",
@@ -167,7 +168,12 @@ def experiment(runs: Path, name: str, jobs: dict[tuple[str, int], int], **change
             config[group][leaf] = values[seed, ablation] if isinstance(values, dict) else values
         job = folder / f"ablation={ablation},seed={seed}"
         job.mkdir(parents=True)
-        about = {"config": config, "artifacts": {k: f"../../../{v.relative_to(runs)}" for k, v in artifacts.items()}}
+        axes = {"ablation": ablation, "seed": seed}
+        axes |= {key.replace("__", "."): config[(path := key.split("__"))[0]][path[1]] for key in changes}
+        about = {
+            "config": config, "artifacts": {k: f"../../../{v.relative_to(runs)}" for k, v in artifacts.items()},
+            "roles": ROLES, "job": job.name, "axes": axes,
+        }  # fmt: skip
         (job / "artifacts.json").write_text(json.dumps(about))
         (job / "predictions.jsonl").symlink_to(made / "predictions.jsonl")
     return folder
@@ -180,13 +186,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = experiment(root, "table", {("none", 0): 0, ("none", 1): 1, ("no_rep", 0): 2, ("no_rep", 1): 3})
     (folder / "logs").mkdir()
     (folder / "logs" / "v.log").write_text("step 1\nerror: " + EVIL + "\n")
-    job = {"job": "ablation=no_v,seed=0", "overrides": ["ablation=no_v", "seed=0"], "status": "failed",
-           "stage": "train", "error": f"the disk is full {EVIL}.", "log": "logs/v.log", "seconds": 3}  # fmt: skip
-    waiting = {"job": "ablation=no_erm,seed=0", "overrides": ["ablation=no_erm", "seed=0"], "status": "waiting",
-               "log": "logs/erm.log"}  # fmt: skip
-    done = [{"job": f"ablation={a},seed={s}", "overrides": [f"ablation={a}", f"seed={s}"], "status": "done"}
-            for a in ("none", "no_rep") for s in (0, 1)]  # fmt: skip
-    (folder / "sweep.json").write_text(json.dumps({"experiment": "table", "jobs": [*done, job, waiting]}))
+
+    def state(ablation: str, system: str, seed: int = 0, **more: Any) -> dict[str, Any]:
+        job = {
+            "job": f"ablation={ablation},seed={seed}",
+            "system": system,
+            "seed": seed,
+            "axes": {"ablation": ablation},
+        }
+        return {**job, "status": "done", "stage": None, "error": None, "log": None, **more}
+
+    failed = state("no_v", "w/o V", status="failed", stage="train", error=f"the disk is full {EVIL}.", log="logs/v.log")
+    waiting = state("no_erm", "w/o ERM", status="waiting", log="logs/erm.log")
+    done = [state(a, name, s) for a, name in (("none", "ELMD"), ("no_rep", "w/o REP")) for s in (0, 1)]
+    (folder / "sweep.json").write_text(json.dumps({"experiment": "table", "jobs": [*done, failed, waiting]}))
     return root
 
 

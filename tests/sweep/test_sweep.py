@@ -155,6 +155,13 @@ def test_more_gpus_than_there_are_is_refused(slots: int, gpus: int, there: str) 
         slots_for(cfg, list(there))
 
 
+def test_what_a_job_sets_is_recorded() -> None:
+    """Paths, slots and what only changes how fast it runs are not: they tell no results apart."""
+    given = ["experiment=demo", "erm.slots=2", "eerg=lora", "++data.world.seed=4", "generate.seeds=[0,1]"]
+    (job,) = expand([*given, "eerg.micro_tokens=99", "launcher.slots=2", "data.path=/x"])
+    assert job.axes == {"erm.slots": 2, "eerg": "lora", "data.world.seed": 4, "generate.seeds": [0, 1]}
+
+
 def test_the_launcher_takes_its_file_by_the_number_of_gpus() -> None:
     (job,) = expand(["experiment=demo", "launcher.gpus=2", "erm.slots=2"])
     command = launch(job, "elmd.train")
@@ -224,7 +231,18 @@ def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
         "c": ("failed", "evaluate", "it ended with exit code 3 and no error of its own; see its log."),
         "d": ("done", None, None),
     }
-    assert set(states["a"]) == {"job", "overrides", "status", "stage", "error", "log", "seconds"}
+    assert set(states["a"]) == {
+        "job",
+        "overrides",
+        "system",
+        "seed",
+        "axes",
+        "status",
+        "stage",
+        "error",
+        "log",
+        "seconds",
+    }
     assert states["a"]["overrides"] == ["seed=a"]
     assert (fake.folder / states["b"]["log"]).read_text().splitlines()[-1] == "error: data.path: is gone; mend it."
     began = [(job, module) for _, what, job, module, _ in fake.noted() if what == "begin"]

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from elmd.data.samples import load_samples
 from elmd.errors import DataError
 from elmd.evaluation.paired import compare_metrics, emotion_metrics
 from elmd.evaluation.paper import PaperTable, paper_table
-from elmd.evaluation.runs import ABLATIONS, FULL, SYMBOLS, Experiment, Run
+from elmd.evaluation.runs import Experiment, Run
 from elmd.evaluation.score import (
     ALL_PROTOCOLS,
     Prediction,
@@ -31,6 +30,7 @@ from elmd.evaluation.score import (
     retrieval_floor,
 )
 from elmd.evaluation.significance import bootstrap_interval, over_seeds, welch
+from elmd.evaluation.systems import ABLATIONS, FULL, SYMBOLS
 from elmd.labels import Emotion
 from elmd.metrics.text import Metric, signatures, surface, versions
 
@@ -141,15 +141,6 @@ def reference_of(experiment: Experiment) -> str:
     usual = [f"{FULL}, {SYMBOLS[key]} = {value}" for key, value in USUAL.items()]
     own = [name for name in names if name.startswith(FULL)]
     return next((name for name in (FULL, *usual, *own) if name in names), names[0])
-
-
-def paper_dataset(config: Mapping[str, Any]) -> str:
-    """The paper's data set whose numbers stand beside a run's: MMED where the experiment names it, else M3ED.
-
-    MMED is not public, so it is read as JSONL, and only the experiment's name can tell that this is it.
-    """
-    mmed = "mmed" in str(config["experiment_name"]).lower() and config["data"]["reader"] == "jsonl"
-    return "MMED" if mmed else "M3ED"
 
 
 def compare_systems(
@@ -310,9 +301,8 @@ def _floors(systems: Mapping[str, Sequence[Run]], reference: str, seed: int) -> 
     """Floors as systems: draws of the random one, and the demonstrations of each training, count as its seeds."""
     run = systems[reference][0]
     floors: dict[str, list[Sequence[Prediction]]] = {}
-    if "prepare" in run.artifacts:
-        samples = load_samples(run.artifacts["prepare"] / "samples.jsonl")
-        responses = [sample.response.text for sample in samples if sample.split == "train"]
+    if run.artifact("samples"):
+        responses = [sample.response.text for sample in run.samples() if sample.split == "train"]
         draws = by_seed_of(random_floor(run.predictions, responses, seed), "floor")
         floors["floor: random response"] = list(draws.values())
         floors["floor: most common reply"] = [common_floor(run.predictions, responses)]
@@ -398,7 +388,7 @@ def _paper_tables(experiment: Experiment) -> list[PaperTable]:
     if not experiment.runs[0].config:  # files alone: what data they are of is not known
         return []
     names = set(experiment.systems)
-    dataset = paper_dataset(experiment.runs[0].config)
+    dataset = experiment.runs[0].config["paper_dataset"]
     two, three = paper_table("Table 2", dataset), paper_table("Table 3", "M3ED")
     ablations = names & set(ABLATIONS.values())
     tables = [two] if names & (set(two.printed) - {FULL}) or (FULL in names and not ablations) else []
@@ -444,7 +434,7 @@ def _notes(
     if not tables or not any(row.paper for row in rows):
         return found
     data, llm = config["data"]["name"], config["llm"]["name"]
-    differ = [] if paper_dataset(config) == "MMED" or data == "m3ed" else [f"data={data}"]
+    differ = [] if config["paper_dataset"] == "MMED" or data == "m3ed" else [f"data={data}"]
     differ += [f"data.split={config['data']['split']}"] if config["data"]["split"] != "paper" else []
     differ += [f"llm={llm}"] if llm != "chatglm2_6b" else []
     names = " and ".join(f"{table.table} on {table.dataset}" for table in tables)

@@ -81,7 +81,7 @@ def coefficient_points(experiment: Experiment, comparison: Comparison, *, repeat
         row, runs = comparison.row(found[slots]), experiment.systems[found[slots]]
         scores = {label: over_seeds(row.cells["paper"][metric].values) for label, metric in FIGURE.items()}
         costs = {run.seed: search_cost(run, samples, repeats=repeats) for run in runs if run.seed is not None}
-        seconds = {run.seed: run.manifest("erm")["wall_seconds"] for run in runs if run.seed is not None}
+        seconds = {run.seed: run.manifest("retriever")["wall_seconds"] for run in runs if run.seed is not None}
         points.append(Point(slots, found[slots], scores, costs, seconds))
     return points
 
@@ -96,8 +96,7 @@ def search_cost(run: Run, samples: Sequence[Sample], *, repeats: int = REPEATS) 
         ArtifactError: the run has no index, or a broken one.
         DataError: the split has no sample.
     """
-    run.manifest("index")
-    folder, key, k = run.artifacts["index"], run.config["retriever"]["key"], run.config["retriever"]["k"]
+    folder, key, k = run.need("demonstrations"), run.config["retriever"]["key"], run.config["retriever"]["k"]
     index = Index.load(folder)
     some = [sample for sample in samples if sample.split == run.config["generate"]["split"]]
     if not some:

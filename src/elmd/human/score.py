@@ -18,8 +18,8 @@ from elmd.engine.files import read_json, write_json, write_text
 from elmd.errors import DataError
 from elmd.evaluation.comparison import DIFFERS, LEAST_SAMPLES, LEVEL, NOISE, TOO_FEW
 from elmd.evaluation.paper import paper_kappa, paper_table
-from elmd.evaluation.runs import FULL
 from elmd.evaluation.significance import bootstrap_interval, holm, paired_permutation
+from elmd.evaluation.systems import FULL
 from elmd.evaluation.tables import LATEX_NEEDS, latex_table, markdown_escape, markdown_table
 from elmd.human.page import METRICS, SCORES
 from elmd.human.study import FORMAT, GROUND_TRUTH, KEY

@@ -19,9 +19,7 @@ from typing import Any
 
 from elmd.engine.files import write_json, write_text
 from elmd.errors import DataError
-from elmd.evaluation.comparison import paper_dataset
 from elmd.evaluation.runs import Run, read_experiment
-from elmd.evaluation.score import read_predictions
 from elmd.human.page import Item, Response, render
 from elmd.log import logger
 from elmd.types import Sample
@@ -111,12 +109,12 @@ def gather(paths: Sequence[str]) -> Pool:
     for name, path in others.items():
         if name in (*(system.name for system in systems), GROUND_TRUTH):
             raise DataError(f"the name {name!r} is taken", where=path, fix="give the system another name")
-        systems.append(_system(Run(name, None, path, None, {}, {}, read_predictions(path))))
+        systems.append(_system(Run.of_file(name, path)))
     splits = [{s.id: s for s in one.samples() if s.split == "test"} for one in experiments]
     shared = {id_: s for id_, s in splits[0].items() if all(id_ in other for other in splits)}
     notes = dict.fromkeys(note for one in experiments for note in one.notes)
     config = experiments[0].runs[0].config
-    return Pool(systems, shared, config["data"]["name"], paper_dataset(config), list(notes))
+    return Pool(systems, shared, config["data"]["name"], config["paper_dataset"], list(notes))
 
 
 def _one_run_each(runs: Sequence[Run]) -> list[System]:

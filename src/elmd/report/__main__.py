@@ -117,12 +117,11 @@ class Given:
             DataError: a file that cannot be read, or runs that do not belong together.
         """
         from elmd.evaluation.runs import Experiment, Run, read_experiment
-        from elmd.evaluation.score import read_predictions
 
         if self.folder is not None:
             logger.info("reading %s", self.folder)
             return read_experiment(self.folder, self.others)
-        runs = [Run(name, None, path, None, {}, {}, read_predictions(path)) for name, path in self.others.items()]
+        runs = [Run.of_file(name, path) for name, path in self.others.items()]
         return Experiment("predictions", runs, [])
 
 

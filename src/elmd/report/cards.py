@@ -49,9 +49,9 @@ def runs(experiment: Experiment, links: Links) -> list[Any]:
 
 def data(experiment: Experiment, main: Run, links: Links) -> list[Any]:
     """What data there is, what became of it, and what test can know from train."""
-    if "prepare" not in main.artifacts:
+    folder = main.artifact("samples")
+    if folder is None:
         return []
-    folder = main.artifacts["prepare"]
     manifest, config = read_manifest(folder), main.config["data"]
     counts, audit = manifest["counts"], read_json(folder / "audit.json")
 
@@ -84,11 +84,11 @@ def data(experiment: Experiment, main: Run, links: Links) -> list[Any]:
         for kind, said in (("exact", "letter by letter"), ("normalised", "without punctuation and case")):
             share = f"{100 * found[kind] / max(1, found['samples']):.1f} %"
             leaks.append([f"{split} responses that are a response in train, {said}", cell(found[kind]), share])
-    if "index" in main.artifacts:
-        for split, row in read_manifest(main.artifacts["index"])["metrics"].items():
+    if index := main.artifact("demonstrations"):
+        for split, row in read_manifest(index)["metrics"].items():
             for key, said in LEAKS.items():
                 chance = f"by chance {100 * row[f'{key}_chance']:.2f} %" if f"{key}_chance" in row else "must be 0"
-                shown = links.cell(f"{100 * row[key]:.2f} %", main.system, [main.artifacts["index"]])
+                shown = links.cell(f"{100 * row[key]:.2f} %", main.system, [index])
                 leaks.append([f"{split}: {said}", shown, chance])
     blocks.append(Table(["what", "found", ""], leaks, f"Leaks that the audit looked for ({main.system})", prose=True))
     lost = {**counts["dropped"], "clip missing, kept as text only": counts["text_only"]}
@@ -111,7 +111,7 @@ def data(experiment: Experiment, main: Run, links: Links) -> list[Any]:
 
 def prompt(main: Run) -> list[Any]:
     """The texts of the prompt that the model was trained with."""
-    file = main.artifacts.get("eerg", Path()) / "prompt.json"
+    file = (main.artifact("generator") or Path()) / "prompt.json"
     parts = read_json(file) if file.is_file() else main.config.get("prompt", {})
     known = {name: parts[name] for name in PARTS if name in parts}
     if not known:
@@ -184,7 +184,7 @@ def missing(experiment: Experiment) -> list[Any]:
         blocks.append(Table(["system", "seed", "why"], rows, "Jobs that are missing from every table", prose=True))
         blocks += [Fold(f"Log of {one.system}, seed {one.seed}: its end", [Verbatim(str(one.log), tail(one))])
                    for one in experiment.missing if one.log is not None and one.log.is_file()]  # fmt: skip
-    clips = {run.artifacts["features"] for run in experiment.runs if "features" in run.artifacts}
+    clips = {folder for run in experiment.runs if (folder := run.artifact("features"))}
     for folder in sorted(clips):
         failed = read_json(folder / "failed.json")
         if failed:
@@ -200,9 +200,9 @@ def odd(experiment: Experiment) -> list[Any]:
     """Responses that are empty, name no emotion or did not end, by run; they count in every score."""
     rows = []
     for run in experiment.runs:
-        if "generate" not in run.artifacts:
+        if run.artifact("replies") is None:
             continue
-        counts = run.manifest("generate")["counts"]
+        counts = run.manifest("replies")["counts"]
         cells = [str(counts.get(key, "–")) for key in ("empty", "without_emotion_word", "cut_at_max_new_tokens")]
         if any(one not in ("0", "–") for one in cells):
             rows.append([run.system, str(run.seed), str(counts["predictions"]), *cells])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from elmd.engine.files import read_json
 from elmd.errors import ElmdError
-from elmd.evaluation.runs import ABLATIONS, BASELINES, FULL, Experiment, Run
+from elmd.evaluation.runs import Experiment, Run
 from elmd.evaluation.significance import over_seeds
+from elmd.evaluation.systems import ABLATIONS, BASELINES, FULL
 from elmd.labels import EMOTIONS
 from elmd.log import logger
 from elmd.metrics.text import characters
@@ -19,7 +20,7 @@ from elmd.report import svg
 from elmd.report.blocks import Cell, Fold, Plots, Table
 from elmd.report.links import Links
 
-#: Stages that train, in the order of the chain.
+#: What the page calls a stage that trains; these first, in this order, then any other by its own name.
 TRAININGS = {
     "erm": "ERM (emotional retrieval module, §3.3)",
     "rep": "REP (response emotion prediction, §3.4)",
@@ -31,21 +32,20 @@ TRAININGS = {
 POINTS = 40
 
 
-def shared(runs: Iterable[Run], stage: str) -> dict[Path, list[Run]]:
-    """The runs that stand on each artifact of a stage: a sweep's jobs share what they can."""
-    found: dict[Path, list[Run]] = {}
+def owners(runs: Iterable[Run], artifact: Callable[[Run], Path | None]) -> dict[tuple[str, ...], list[Path]]:
+    """Artifacts of one kind by the systems that use them: a sweep's jobs share what they can; several seeds each.
+
+    Args:
+        artifact: a run's artifact of that kind, None where it has none.
+    """
+    users: dict[Path, list[str]] = {}
     for run in runs:
-        if stage in run.artifacts:
-            found.setdefault(run.artifacts[stage], []).append(run)
-    return found
-
-
-def owners(runs: Iterable[Run], stage: str) -> dict[tuple[str, ...], list[Path]]:
-    """Artifacts of a stage by the systems that use them: one training each, in several seeds."""
-    found: dict[tuple[str, ...], list[Path]] = {}
-    for folder, users in shared(runs, stage).items():
-        found.setdefault(tuple(dict.fromkeys(run.system for run in users)), []).append(folder)
-    return found
+        if folder := artifact(run):
+            users.setdefault(folder, []).append(run.system)
+    owned: dict[tuple[str, ...], list[Path]] = {}
+    for folder, systems in users.items():
+        owned.setdefault(tuple(dict.fromkeys(systems)), []).append(folder)
+    return owned
 
 
 def smooth(steps: Sequence[int], values: Sequence[float], points: int = POINTS) -> tuple[list[float], list[float]]:
@@ -75,29 +75,30 @@ def curves(experiment: Experiment, main: str) -> list[Any]:
     """Loss and validation metrics of every training, a line per seed."""
     looks = styles(experiment.systems, main)
     blocks: list[Any] = []
-    for stage, title in TRAININGS.items():
+    stages = [stage for run in experiment.runs for stage in run.artifacts if "/" not in stage]  # no stand-ins
+    for stage in dict.fromkeys([*TRAININGS, *stages]):
         panels: dict[str, list[svg.Line]] = {}
         legend = []
-        for systems, folders in owners(experiment.runs, stage).items():
+        for systems, folders in owners(experiment.runs, lambda run, stage=stage: run.artifacts.get(stage)).items():  # type: ignore[misc]
+            folders = [folder for folder in folders if (folder / "metrics.jsonl").is_file()]
             style = min(looks[name] for name in systems)
-            legend.append((style, ", ".join(systems)))
+            if folders:
+                legend.append((style, ", ".join(systems)))
             for folder in folders:
-                if not (folder / "metrics.jsonl").is_file():
-                    continue
                 for key, (steps, values) in series(folder / "metrics.jsonl").items():
                     panels.setdefault(key, []).append(svg.Line(systems[0], *smooth(steps, values), style))
         if panels:
             order = sorted(panels, key=lambda key: key.removeprefix("valid/") != "loss")  # the losses first
             drawn = [svg.lines(key, panels[key], xlabel="step") for key in order]
             note = f"Each line is one training (a seed). Longer series are means of at most {POINTS} runs of steps."
-            blocks.append(Plots(drawn, legend, title, note))
+            blocks.append(Plots(drawn, legend, TRAININGS.get(stage, f"Stage {stage}"), note))
     return blocks
 
 
 def rep(experiment: Experiment, main: str, links: Links) -> list[Any]:
     """Accuracy of REP beside what needs no projector, and the main system's confusion matrix."""
     rows, by_tag = [], []
-    for systems, folders in owners(experiment.runs, "rep").items():
+    for systems, folders in owners(experiment.runs, lambda run: run.artifact("projector")).items():
         found = [read_json(folder / "rep.json") for folder in folders]
         cells = [Cell(", ".join(systems)), str(len(folders))]
         for kind, key in (("projector", "accuracy"), ("projector", "weighted_f1"), ("text_only", "accuracy")):
@@ -123,7 +124,7 @@ def rep(experiment: Experiment, main: str, links: Links) -> list[Any]:
         blocks.append(
             Fold("By tag of the utterance", [Table(["", "accuracy, %", "text only, %", "majority, %", "n"], by_tag)])
         )
-    mine = {run.artifacts["rep"] for run in experiment.systems[main] if "rep" in run.artifacts}
+    mine = {folder for run in experiment.systems[main] if (folder := run.artifact("projector"))}
     if mine:
         found = [read_json(folder / "rep.json") for folder in sorted(mine)]
         matrices = [one["test/projector"]["confusion"] for one in found]
@@ -151,7 +152,7 @@ def vectors(experiment: Experiment, main: str, links: Links) -> tuple[list[Any],
         Blocks, and why there are none.
     """
     runs = [*experiment.systems[main], *experiment.runs]
-    run = next((run for run in runs if "erm" in run.artifacts), None)
+    run = next((run for run in runs if run.artifact("retriever")), None)
     if run is None:
         return [], "no run here has trained a retriever (erm)"
     config = run.config["retriever"]
@@ -163,7 +164,7 @@ def vectors(experiment: Experiment, main: str, links: Links) -> tuple[list[Any],
     from elmd.report.embeddings import LIMIT, clouds
 
     try:
-        found = clouds(run.artifacts["erm"] / "model", raw, samples, max_tokens=config["max_tokens"])
+        found = clouds(run.need("retriever") / "model", raw, samples, max_tokens=config["max_tokens"])
     except (ElmdError, OSError) as error:  # a report without this picture is better than none
         logger.warning("no t-SNE: %s", error)
         return [], f"the retriever cannot be read: {error}"
@@ -176,7 +177,7 @@ def vectors(experiment: Experiment, main: str, links: Links) -> tuple[list[Any],
         "between groups, their sizes and their places do not. The table says how often the nearest training utterance "
         "has the same emotion."
     )
-    metrics = run.manifest("erm")["metrics"]
+    metrics = run.manifest("retriever")["metrics"]
     if metrics.get("best_step") == 0:
         note += " The best checkpoint on valid was the untrained one (step 0): “after ERM” shows no training here."
     blocks: list[Any] = [Plots(pictures, legend, note=note, glyphs=True)]
@@ -187,10 +188,10 @@ def vectors(experiment: Experiment, main: str, links: Links) -> tuple[list[Any],
             [
                 key.replace("raw E_s", "E_s, untrained"),
                 *(
-                    links.cell(f"{100 * one[name]:.1f}", run.system, [run.artifacts["erm"]])
+                    links.cell(f"{100 * one[name]:.1f}", run.system, [run.need("retriever")])
                     for name in ("match@1", "match@5")
                 ),
-                links.cell(f"{one['mrr']:.3f}", run.system, [run.artifacts["erm"]]),
+                links.cell(f"{one['mrr']:.3f}", run.system, [run.need("retriever")]),
                 f"{100 * one['chance']:.1f}",
             ]
             for key, one in matches[place]["all"].items()

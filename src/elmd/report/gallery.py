@@ -9,7 +9,6 @@ from itertools import zip_longest
 from random import Random
 from typing import ClassVar
 
-from elmd.data.samples import load_samples
 from elmd.evaluation.runs import Experiment
 from elmd.evaluation.score import Prediction
 from elmd.labels import EMOTIONS
@@ -112,11 +111,11 @@ def gallery(experiment: Experiment, main: str, count: int, *, frames: int = 4, s
     chosen = pick({id_: one.gold_emotion or "" for id_, one in gold.items()}, count, seed)
     samples: dict[str, Sample] = {}
     demonstrations: dict[str, list[Demonstration]] = {}
-    source = next((run for run in [runs[main], *runs.values()] if "prepare" in run.artifacts), None)
+    source = next((run for run in [runs[main], *runs.values()] if run.artifact("samples")), None)
     if source is not None:
-        samples = {sample.id: sample for sample in load_samples(source.artifacts["prepare"] / "samples.jsonl")}
-    if "index" in runs[main].artifacts:
-        demonstrations = load_demonstrations(runs[main].artifacts["index"] / DEMONSTRATIONS)
+        samples = {sample.id: sample for sample in source.samples()}
+    if index := runs[main].artifact("demonstrations"):
+        demonstrations = load_demonstrations(index / DEMONSTRATIONS)
     clips = {id_: samples[id_].utterance.clip for id_ in chosen if id_ in samples}
     known = {id_: clip for id_, clip in clips.items() if clip is not None}
     pictures = thumbnails(known, frames=frames, height=HEIGHT) if known else {}

@@ -39,7 +39,8 @@ class Links:
 
     def run(self, run: Run) -> str:
         """The manifest of what generated a run's predictions; a third party's predictions themselves."""
-        return self.to(run.artifacts["generate"] / MANIFEST if "generate" in run.artifacts else run.path)
+        made = run.artifact("replies")
+        return self.to(run.path if made is None else made / MANIFEST)
 
     def cell(self, text: str, system: str, artifacts: Sequence[Path]) -> Cell:
         """A number of a system, made from these artifacts."""

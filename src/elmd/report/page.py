@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from elmd.evaluation.comparison import Comparison, paper_dataset
-from elmd.evaluation.runs import SYMBOLS, Experiment, Run
+from elmd.evaluation.comparison import Comparison
+from elmd.evaluation.runs import Experiment, Run
+from elmd.evaluation.systems import SYMBOLS
 from elmd.labels import EMOTIONS
 from elmd.report import cards, findings, results, svg
 from elmd.report.blocks import Heading, Section, Text
@@ -56,7 +57,7 @@ def sections(parts: Sequence[Part], study: Study | None, cases: int) -> list[Sec
     human = Section("human", "Human evaluation", [], "no study is given (--human DIR)")
     if study is not None:
         config = first.first.config
-        dataset = paper_dataset(config) if config else "M3ED"
+        dataset = config["paper_dataset"] if config else "M3ED"
         human = Section("human", "Human evaluation", results.human(study, dataset, first.links))
     whys: list[str] = []
 

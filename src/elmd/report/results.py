@@ -16,7 +16,8 @@ from elmd.evaluation.comparison import DIFFERS, NOISE, TOO_FEW, Comparison, Row
 from elmd.evaluation.comparison import Cell as Score
 from elmd.evaluation.comparison_tables import metrics_of, p_text
 from elmd.evaluation.paper import paper_kappa, paper_table
-from elmd.evaluation.runs import FULL, SYMBOLS, Experiment, Run
+from elmd.evaluation.runs import Experiment, Run
+from elmd.evaluation.systems import FULL, SYMBOLS
 from elmd.evaluation.tables import GROUPS, digits
 from elmd.metrics.text import MEANING
 from elmd.report import svg
@@ -133,8 +134,7 @@ def number(
 
 def floor_source(name: str, runs: Sequence[Run], links: Links) -> str:
     """What a floor is made of: the index for the retrieved response, the data set for the others."""
-    stage = "index" if "retrieval" in name else "prepare"
-    found = runs[0].artifacts.get(stage)
+    found = runs[0].artifact("demonstrations" if "retrieval" in name else "samples")
     return links.run(runs[0]) if found is None else links.to(found / MANIFEST)
 
 
@@ -258,8 +258,8 @@ def cost(comparison: Comparison, experiment: Experiment, links: Links) -> list[A
     for point, mb, times in zip(points, size, spent, strict=True):
         runs = experiment.systems[point.system]
         one = next(iter(point.costs.values()))
-        indices = list(dict.fromkeys(run.artifacts["index"] for run in runs))
-        trainings = list(dict.fromkeys(run.artifacts["erm"] for run in runs))
+        indices = list(dict.fromkeys(run.need("demonstrations") for run in runs))
+        trainings = list(dict.fromkeys(run.need("retriever") for run in runs))
         rows.append([
             str(point.slots),
             f"{one.width:,}",

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +36,14 @@ LIBRARIES = (
     "numpy",
     "faiss-cpu",
 )
+
+
+#: The stage whose result plays each role, for those who read a run; of a baseline with a network of its own, that
+#: network is the generator.
+ROLES = {
+    "samples": "prepare", "retriever": "erm", "demonstrations": "index", "features": "features", "projector": "rep",
+    "generator": "eerg", "replies": "generate",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -209,15 +217,29 @@ class Chain:
             "counts": outcome.counts,
         }
 
-    def point(self, folder: Path) -> None:
-        """Write `artifacts.json`: where the results that this command used or made lie, relative to `folder`."""
+    def point(self, folder: Path, axes: Mapping[str, Any] | None) -> None:
+        """Write `artifacts.json`: the results that this command used or made, for those who read the run.
+
+        It holds `config`; `artifacts`: stage -> folder, relative to `folder`; `roles`: role -> the stage that plays it
+        in this configuration; `job` and `axes`: the job's name and what it sets, null for a single run.
+
+        Args:
+            axes: of a sweep's job, see `elmd.cli.axes`; None outside a sweep.
+        """
         if self.accelerator.is_main_process:
-            found = {
+            artifacts = {
                 name: os.path.relpath(self.folder(name), folder)
                 for name, node in self._nodes.items()
                 if self.store.finished(name, node.fingerprint)
             }
-            write_json(folder / "artifacts.json", {"config": plain(self.cfg), "artifacts": found})
+            about = {
+                "config": plain(self.cfg),
+                "artifacts": artifacts,
+                "roles": {**ROLES, "generator": self.last},
+                "job": None if axes is None else folder.name,
+                "axes": axes,
+            }
+            write_json(folder / "artifacts.json", about)
 
     def manifest(self, name: str) -> dict[str, Any]:
         return read_manifest(self.folder(name))

@@ -10,7 +10,7 @@ from elmd.baselines import base as baselines
 from elmd.config import Config
 from elmd.data.prompts import SLOTS, Prompt
 from elmd.data.samples import load_samples
-from elmd.evaluation.runs import PREDICTIONS
+from elmd.evaluation.jobs import PREDICTIONS
 from elmd.evaluation.score import Prediction, write_predictions
 from elmd.labels import Emotion
 from elmd.log import table
