@@ -23,7 +23,7 @@ import elmd.pack.model
 import elmd.reply
 import elmd.stages.generate
 from elmd.cli import compose
-from elmd.config import AdapterKind, Config, VisionKind, plain
+from elmd.config import AdapterKind, Config, Decoder, VisionKind, plain
 from elmd.data.samples import save_samples
 from elmd.engine.files import write_json
 from elmd.errors import ArtifactError, CheckpointError, ClipError, ConfigError, DataError
@@ -35,7 +35,7 @@ from elmd.models.llm import load_llm
 from elmd.models.projector import Projector
 from elmd.pack import load_pack, to_sample
 from elmd.pack.card import model_card
-from elmd.pack.folder import file_facts, named_base
+from elmd.pack.folder import file_facts, named_base, read_facts
 from elmd.pack.job import read_job
 from elmd.pack.packing import export
 from elmd.stages import features as features_stage
@@ -233,6 +233,16 @@ def test_reply_is_reply_all_of_the_same_dialogue(runs: Callable[[str], tuple[Pat
         blind.reply(("甲", "你好"), clip=clip)
     with pytest.raises(ClipError, match=r"^nothere\.mp4: there is no such clip; check the path\.$"):
         blind.reply(("甲", "你好"), clip="nothere.mp4")
+
+
+def test_clips_are_read_by_what_this_machine_has(
+    runs: Callable[[str], tuple[Path, Config]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """decord has no wheels for some machines; its pixels equal PyAV's."""
+    pack = export(runs("clips")[0], tmp_path / "pack")
+    for installed, decoder in ((True, Decoder.decord), (False, Decoder.pyav)):
+        monkeypatch.setattr("elmd.vision.find_spec", lambda _, installed=installed: installed or None)
+        assert elmd.pack.model._config(pack, read_facts(pack)).vision.decoder is decoder
 
 
 def test_clips_are_refused_where_they_would_not_be_seen(

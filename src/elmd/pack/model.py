@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from elmd.config import Config, VisionKind, check_ranges
+from elmd.config import Config, Decoder, VisionKind, check_ranges
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples, Features, no_features
 from elmd.data.prompts import Prompt
@@ -65,6 +65,7 @@ from elmd.stages.eerg import task_of
 from elmd.stages.features import clip_encoder
 from elmd.stages.parts import check_ids, place
 from elmd.types import Demonstration, Sample
+from elmd.vision import default_decoder
 from elmd.vision.arrays import ArrayReader
 from elmd.vision.clips import ClipEncoder, FeatureMaker
 
@@ -319,6 +320,7 @@ def _config(folder: Path, facts: Mapping[str, Any]) -> Config:
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), texts, facts["config"]))
         assert isinstance(cfg, Config)
         check_ranges(cfg)
+        cfg.vision.decoder = Decoder(default_decoder())  # this machine's: its pixels equal those of training
     except (OmegaConfBaseException, ValueError, TypeError, ConfigError) as error:
         raise CheckpointError(
             f"its choices cannot be read ({reason(error)})", where=folder / FACTS, fix="export the model again"
