@@ -22,9 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from elmd import log
-from elmd.config import INCIDENTAL, Config, check, plain
+from elmd.config import INCIDENTAL, Config, plain
 from elmd.engine.files import digest
 from elmd.errors import ConfigError, ElmdError, TrainingError
+from elmd.stages.checks import check
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

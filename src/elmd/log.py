@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 
@@ -88,7 +89,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     for i, name in enumerate(columns):
         shown.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*(cell(value) for value in row))
+        shown.add_row(*(escape(cell(value)) for value in row))  # elmd[faiss] is no markup
     out = console()
     out.print(f"\n{title}", style="bold", markup=False, highlight=False)  # a Table's own title wraps at its width
     out.print(shown)

@@ -121,7 +121,7 @@ def test_ablations_survive_what_an_experiment_sets(ablation: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data=cped"], "data.path: data=cped has no source; give it: data.path=/path/to/the/data."),
+        (["data=cped"], "data.path: data=cped has no source; get it from github.com/scutcyr/CPED, then data.path="),
         (["llm=chatglm2_6b"], "llm.path: llm=chatglm2_6b names no checkpoint"),
         (["bootstrap.text=data"], "bootstrap.text=data needs a data set of its own"),
         (["erm.separation_weight=0"], "retriever.key: E_s is the output of self-separation"),

@@ -7,89 +7,108 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elmd.cli import command
-from elmd.config import Config, OnMissingClip, Reader, check, check_ranges
-from elmd.doctor.findings import HOMES, Finding
+from elmd.config import Config, check_ranges
 from elmd.errors import ElmdError
 from elmd.log import is_main, table
-from elmd.vision.video import IMAGES
+from elmd.stages.checks import CHECKS, Inspection, results
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PretrainedConfig
 
-#: Bytes of weights whose checksums are not known yet, from which on the doctor does not wait for them.
+#: If more bytes of weights than this have no known checksum yet, the doctor does not compute them.
 PATIENCE = 2**30
 
 #: GiB free below which the doctor warns: one training's checkpoints and caches take about as much.
 ROOM = 1
 
 
+@dataclass(frozen=True)
+class Finding:
+    """A line of the doctor's table; `fix` is empty where nothing is to be done."""
+
+    name: str
+    seen: str
+    fix: str = ""
+    missing: bool = False
+
+
 def doctor(cfg: Config, accelerator: Accelerator) -> None:
     """Print every finding and the memory that training takes; exit code 1 if something is missing.
 
     Raises:
-        ConfigError: a number is out of its range, so that nothing can be said of it.
+        ConfigError: a number is out of its range, so that nothing else can be judged.
     """
-    from elmd.doctor.checkpoints import agreement, checkpoints, llm_config, loading, projector
-
     check_ranges(cfg)
-    findings = [*machine(cfg, accelerator), *data(cfg), *checkpoints(cfg)]
-    wrong, known = [], None
-    if not cfg.baseline.name.own_model:  # those have no language model
-        wrong, known = list(loading(cfg)), llm_config(cfg)
-        findings += [*wrong, *agreement(cfg), *projector(cfg)]
+    inspection = Inspection(cfg)
+    findings = [*machine(cfg, accelerator), *checked(inspection)]
     if not any(finding.missing for finding in findings):
-        findings += list(rules(cfg)) or stages(cfg, accelerator)
+        findings += stages(cfg, accelerator)
     table(
         f"What {cfg.experiment_name} needs",
         ["", "found", "to do"],
-        [(("✗ " if f.missing else "· " if f.fix else "✓ ") + f.what, f.found, f.fix) for f in findings],
+        [(("✗ " if f.missing else "· " if f.fix else "✓ ") + f.name, f.seen, f.fix) for f in findings],
     )
-    if known is not None and is_main() and not any(f.what == "llm.dtype" for f in wrong):
-        estimate(cfg, *known, accelerator)
-    missing = sum(f.missing for f in findings)
-    told = f"{missing} thing{'s' if missing > 1 else ''} missing; see the last column."
+    if is_main() and inspection.has_llm and not any(f.name == "llm.dtype" and f.missing for f in findings):
+        estimate(inspection, accelerator)
     if is_main():
-        later = "Which stages are done shows when nothing is missing."
-        print(f"{told} {later}" if missing else "Nothing is missing.", file=sys.stderr)
-    accelerator.wait_for_everyone()  # a launcher stops all as soon as one leaves with an error
-    if missing:
+        print(_summary(sum(f.missing for f in findings)), file=sys.stderr)
+    accelerator.wait_for_everyone()  # a launcher stops all processes as soon as one leaves with an error
+    if any(finding.missing for finding in findings):
         sys.exit(1)
 
 
-def estimate(cfg: Config, config: PretrainedConfig, own: bool, accelerator: Accelerator) -> None:
-    """Print how much memory training takes with this language model.
+def _summary(missing: int) -> str:
+    if not missing:
+        return "Nothing is missing."
+    things = "1 thing" if missing == 1 else f"{missing} things"
+    return f"{things} missing; see the last column. Which stages are done shows when nothing is missing."
 
-    Args:
-        own: whether the configuration is the checkpoint's own.
-    """
+
+def checked(inspection: Inspection) -> Iterator[Finding]:
+    """The result of every check that applies to the configuration."""
+    for check, result in results(CHECKS, inspection):
+        if isinstance(result, ElmdError):
+            where = f"{result.where}: " if result.where else ""
+            yield Finding(check.name, f"{where}{result.what}", result.fix or "", True)
+        elif result is not None:
+            yield Finding(check.name, result.text, result.advice)
+
+
+def estimate(inspection: Inspection, accelerator: Accelerator) -> None:
+    """Print how much memory training takes with this language model; nothing where its shape is not known."""
     import torch
 
-    from elmd.doctor.memory import GIB, show
+    from elmd.doctor.memory import GIB, public_config, show
     from elmd.models.sharding import sharding
 
+    own = inspection.llm_config_if_readable
+    config = own or public_config(inspection.cfg)
+    if config is None:
+        return
     here = None
     if accelerator.device.type == "cuda":
         here = torch.cuda.get_device_properties(accelerator.device).total_memory / GIB
     try:
         share = accelerator.num_processes if sharding(accelerator) else 1
-        show(cfg, config, assumed=not own, share=share, here=here)
+        show(inspection.cfg, config, assumed=own is None, share=share, here=here)
     except ElmdError as error:
         print(error, file=sys.stderr)
 
 
 def machine(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
+    """Libraries, device and disk."""
     import torch
 
     from elmd.stages.chain import versions
 
     for library, version in versions().items():
-        gone = version == "not installed"
-        yield Finding(library, version, "pip install it (see pyproject.toml)" if gone else "", gone)
+        missing = version == "not installed" and library != "faiss-cpu"  # an extra; a check of its own asks for it
+        yield Finding(library, version, "pip install it (see pyproject.toml)" if missing else "", missing)
     if accelerator.device.type == "cuda":
         memory = torch.cuda.get_device_properties(accelerator.device).total_memory / 2**30
         yield Finding("device", f"{torch.cuda.get_device_name()}, {memory:.0f} GiB × {accelerator.num_processes}")
@@ -97,70 +116,22 @@ def machine(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
         yield Finding("device", f"CPU, {os.cpu_count()} cores", "enough for the tiny world; real backbones want a GPU")
     root = Path(cfg.runs_dir).absolute()
     nearest = next(p for p in (root, *root.parents) if p.exists())
-    writable = os.access(nearest, os.W_OK)
     free = shutil.disk_usage(nearest).free / 2**30
-    told = "" if free >= ROOM else f"less than {ROOM} GiB: make room, or choose another disk"
-    yield Finding(
-        "runs_dir",
-        f"{cfg.runs_dir}, {free:.{0 if free >= 10 else 1}f} GiB free",
-        told if writable else "choose a folder you may write",
-        not writable,
-    )
-
-
-def data(cfg: Config) -> Iterator[Finding]:
-    name = f"data={cfg.data.name}"
-    if cfg.data.reader is Reader.tiny:
-        yield Finding(name, "the tiny world", "made by stage=bootstrap")
-    elif cfg.data.path is None:
-        yield Finding(name, "data.path is not set", HOMES.get(cfg.data.name, "data.path=…, see data/README.md"), True)
+    seen = f"{cfg.runs_dir}, {free:.{0 if free >= 10 else 1}f} GiB free"
+    if not os.access(nearest, os.W_OK):
+        yield Finding("runs_dir", seen, "choose a folder you may write", True)
     else:
-        path = Path(cfg.data.path)
-        wanted = path / "annotation.json" if cfg.data.reader is Reader.m3ed and not path.is_file() else path
-        there = wanted.exists()
-        yield Finding(
-            name, str(wanted), "" if there else f"not there: {HOMES.get(cfg.data.name, 'check it')}", not there
-        )
-    if cfg.data.video_root is not None:
-        yield videos(cfg, Path(cfg.data.video_root))
-    elif cfg.sees_video and cfg.data.reader in (Reader.m3ed, Reader.cped):
-        yield Finding(
-            "videos", "data.video_root is not set", "set it, or choose vision=precomputed or vision=none", missing=True
-        )
-
-
-def videos(cfg: Config, root: Path) -> Finding:
-    """Whether there is a single file that ends as `data.video_template` says; where that has no ending, or a frame."""
-    if not root.is_dir():
-        return Finding("videos", str(root), "no such folder", True)
-    ending = Path(cfg.data.video_template).suffix
-
-    def counts(name: str) -> bool:
-        suffix = Path(name).suffix
-        return suffix == ending or (not ending and suffix.lower() in IMAGES)
-
-    read = cfg.data.reader in (Reader.m3ed, Reader.cped)
-    needed = read and (cfg.sees_video or cfg.data.on_missing_clip is OnMissingClip.error)
-    if not needed or any(counts(name) for _, _, names in os.walk(root, followlinks=True) for name in names):
-        return Finding("videos", str(root))
-    told = f"{root}: holds no {ending} file" if ending else f"{root}: holds no frames"
-    return Finding("videos", told, "correct data.video_root, or data.video_template where they end otherwise", True)
-
-
-def rules(cfg: Config) -> Iterator[Finding]:
-    try:
-        check(cfg)
-    except ElmdError as error:
-        yield Finding("configuration", error.what, error.fix or "", True)
+        full = f"less than {ROOM} GiB: make room, or choose another disk"
+        yield Finding("runs_dir", seen, "" if free >= ROOM else full)
 
 
 def stages(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
-    """What of the chain is up to date; nothing where its inputs are not there yet."""
+    """Which stages of the chain are up to date; nothing where its inputs are not there yet."""
     from elmd.stages.chain import Chain
 
-    if (size := unread(cfg)) > PATIENCE:
-        told = f"their names need checksums of {size / 1e9:.0f} GB of weights, which the first stage computes, once"
-        yield Finding("stages", "not looked at", told)
+    if (size := unhashed(cfg)) > PATIENCE:
+        fix = f"their names need checksums of {size / 1e9:.0f} GB of weights, which the first stage computes, once"
+        yield Finding("stages", "not looked at", fix)
         return
     chain = Chain(cfg, accelerator)
     try:
@@ -172,19 +143,19 @@ def stages(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
         if chain.store.finished(name, fingerprint):
             yield Finding(f"stage {name}", f"up to date ({fingerprint})")
         elif chain.store.partial(name, fingerprint).exists():
-            yield Finding(f"stage {name}", "interrupted", "goes on where it stopped")
+            yield Finding(f"stage {name}", "interrupted", "resumes where it stopped")
         else:
             how = "python -m elmd.evaluate" if name == "generate" else "stage=all"
             yield Finding(f"stage {name}", "not made yet", f"{how} makes it")
 
 
-def unread(cfg: Config) -> int:
-    """Bytes of weights in folders whose checksums `runs/` does not hold."""
-    remembered = Path(cfg.runs_dir) / ".hashes.json"
-    known = remembered.read_text(encoding="utf-8") if remembered.is_file() else ""
+def unhashed(cfg: Config) -> int:
+    """Bytes of weights in folders whose checksums are not remembered in `runs_dir`."""
+    cache = Path(cfg.runs_dir) / ".hashes.json"
+    remembered = cache.read_text(encoding="utf-8") if cache.is_file() else ""
     folders = [Path(path) for path in (cfg.llm.path, cfg.vision.path, cfg.retriever.path) if path is not None]
     files = [file for folder in folders if folder.is_dir() for file in folder.rglob("*.safetensors")]
-    return sum(file.stat().st_size for file in files if json.dumps(str(file.resolve())) not in known)
+    return sum(file.stat().st_size for file in files if json.dumps(str(file.resolve())) not in remembered)
 
 
 main = command("doctor", doctor, checked=False)

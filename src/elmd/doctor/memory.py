@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import GlmConfig, PretrainedConfig
 
-from elmd.config import AdapterKind, Config, EergConfig, RepConfig
-from elmd.doctor.checkpoints import visual_shape
+from elmd.config import BOOTSTRAP, AdapterKind, Config, EergConfig, RepConfig
+from elmd.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.dtypes import pick_dtype
 from elmd.log import table
 from elmd.models.memory import SHARE, Memory, adapter_size, step_memory
+from elmd.stages.checks.agreement import visual_shape
 
 GIB = 2**30
 
@@ -49,6 +50,12 @@ class Estimate:
         """Rows that fit on a GPU of that size; a step's memory is proportional to them."""
         free = SHARE * (gib - CONTEXT) * GIB - self.memory.weights - self.memory.trainables
         return max(0, int(free / (self.memory.step / self.rows)))
+
+
+def public_config(cfg: Config) -> PretrainedConfig | None:
+    """The configuration of the public model that has the name `cfg.llm.name`; None for any other name."""
+    public = {"chatglm2_6b": lambda: native_config(CHATGLM2_6B), "glm4_9b": GlmConfig}
+    return public[cfg.llm.name]() if cfg.llm.name in public and cfg.llm.path != BOOTSTRAP else None
 
 
 def estimates(cfg: Config, config: PretrainedConfig, *, share: int = 1) -> Iterator[Estimate]:
@@ -115,22 +122,22 @@ def show(
     Raises:
         CheckpointError: the model's memory cannot be predicted.
     """
-    found = list(estimates(cfg, config, share=share))
+    steps = list(estimates(cfg, config, share=share))
     spread = f", weights spread over {share} GPUs" if share > 1 else ""
     shape = " (assumed: the public model's shape)" if assumed else ""
     memory = [
         [
-            _name(one),
-            f"{one.rows} × {one.length:,}",
+            _name(step),
+            f"{step.rows} × {step.length:,}",
             *(
                 f"{size / GIB:.1f}" if size > GIB else f"{size / GIB:.2f}"
                 for size in (
-                    one.memory.weights, one.memory.trainables, one.memory.activations, one.memory.logits,
-                    one.memory.workspace, one.memory.total,
+                    step.memory.weights, step.memory.trainables, step.memory.activations, step.memory.logits,
+                    step.memory.workspace, step.memory.total,
                 )
             ),
         ]
-        for one in found
+        for step in steps
     ]  # fmt: skip
     table(
         f"GiB on each GPU for one micro-batch of longest rows: llm={cfg.llm.name}{shape}{spread}",
@@ -138,7 +145,7 @@ def show(
         memory,
     )
     cards = CARDS if here is None else {**CARDS, "here": here}
-    rows = [[_name(one), *(_fitting(one, size) for size in cards.values())] for one in found]
+    rows = [[_name(step), *(_fitting(step, size) for size in cards.values())] for step in steps]
     table(
         "Tokens of a micro-batch that fit (rep.micro_tokens, eerg.micro_tokens), and longest rows",
         ["stage", *cards],
@@ -146,12 +153,12 @@ def show(
     )
 
 
-def _name(one: Estimate) -> str:
-    return f"{one.stage}, checkpointing" if one.checkpointing else one.stage
+def _name(step: Estimate) -> str:
+    return f"{step.stage}, checkpointing" if step.checkpointing else step.stage
 
 
-def _fitting(one: Estimate, gib: float) -> str:
-    rows = one.fits(gib)
-    if rows >= one.batch:
-        return f"a whole batch ({one.batch})"
-    return f"{rows * one.length:,} ({rows})" if rows else "none"
+def _fitting(step: Estimate, gib: float) -> str:
+    rows = step.fits(gib)
+    if rows >= step.batch:
+        return f"a whole batch ({step.batch})"
+    return f"{rows * step.length:,} ({rows})" if rows else "none"

@@ -7,6 +7,7 @@ PEFT's own forward moves the positions of the prompt by P, the original leaves t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,26 @@ def prefix_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
     return shape.num_hidden_layers, heads, heads * width
 
 
+def check_prefix(saved: Mapping[str, Any], config: PreTrainedConfig, folder: Path) -> tuple[int, int, int]:
+    """Layers, KV heads and numbers of a saved prefix, which must be those of this language model.
+
+    Args:
+        saved: its adapter_config.json.
+
+    Raises:
+        CheckpointError: the language model has others.
+    """
+    shape, needed = (saved["num_layers"], saved["num_attention_heads"], saved["token_dim"]), prefix_shape(config)
+    if shape != needed:
+        raise CheckpointError(
+            f"is a prefix of {shape[0]} layers, {shape[1]} KV heads and {shape[2]} numbers, "
+            f"this language model has {needed[0]}, {needed[1]} and {needed[2]}",
+            where=folder,
+            fix="use the model that it was trained with",
+        )
+    return needed
+
+
 def load_adapter(llm: PreTrainedModel, folder: Path, *, trainable: bool = False, dropout: float = 0.0) -> Adapter:
     """An adapter in PEFT's format.
 
@@ -160,17 +181,7 @@ def load_adapter(llm: PreTrainedModel, folder: Path, *, trainable: bool = False,
             return Lora(PeftModel.from_pretrained(llm, str(folder), is_trainable=trainable))
         if saved["peft_type"] != "PREFIX_TUNING":
             raise ValueError(saved["peft_type"])
-        found, wanted = (
-            (saved["num_layers"], saved["num_attention_heads"], saved["token_dim"]),
-            prefix_shape(llm.config),
-        )
-        if found != wanted:
-            raise CheckpointError(
-                f"is a prefix of {found[0]} layers, {found[1]} KV heads and {found[2]} numbers, "
-                f"this language model has {wanted[0]}, {wanted[1]} and {wanted[2]}",
-                where=folder,
-                fix="use the model that it was trained with",
-            )
+        check_prefix(saved, llm.config, folder)
         prefix = Prefix(PeftModel.from_pretrained(llm, str(folder)))
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(

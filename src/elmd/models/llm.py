@@ -54,6 +54,17 @@ def open_llm(path: str | Path, *, attention: str = "sdpa") -> tuple[PreTrainedCo
     Raises:
         CheckpointError: as `load_llm`.
     """
+    config = open_config(path)
+    check_attention(config, attention, path)
+    return config, open_tokenizer(path)
+
+
+def open_config(path: str | Path) -> PreTrainedConfig:
+    """A language model's configuration.
+
+    Raises:
+        CheckpointError: transformers cannot read it without remote code.
+    """
     published = Path(path) / "config.json"
     if published.is_file() and '"chatglm"' in published.read_text(encoding="utf-8", errors="replace"):
         raise CheckpointError(
@@ -62,7 +73,21 @@ def open_llm(path: str | Path, *, attention: str = "sdpa") -> tuple[PreTrainedCo
             fix="convert it once: python scripts/convert_chatglm2.py SRC DST, and set llm.path=DST",
         )
     try:
-        config = AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unusable(path, error) from error
+
+
+def check_attention(config: PreTrainedConfig, attention: str, path: str | Path | None) -> None:
+    """Whether this model can run with this attention on this machine; nothing is allocated.
+
+    Args:
+        path: of the model, for the error.
+
+    Raises:
+        CheckpointError: it cannot, or is no causal language model.
+    """
+    try:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except ImportError as error:
@@ -73,8 +98,16 @@ def open_llm(path: str | Path, *, attention: str = "sdpa") -> tuple[PreTrainedCo
         ) from error
     except (OSError, ValueError, KeyError) as error:
         raise _unusable(path, error) from error
+
+
+def open_tokenizer(path: str | Path) -> Any:
+    """A language model's tokenizer.
+
+    Raises:
+        CheckpointError: AutoTokenizer cannot read it.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             "has no tokenizer that AutoTokenizer loads",
@@ -82,10 +115,9 @@ def open_llm(path: str | Path, *, attention: str = "sdpa") -> tuple[PreTrainedCo
             fix="fetch its tokenizer's files; a converted ChatGLM2 has one if tokenizer.model lay beside the original, "
             "so convert it again with that",
         ) from error
-    return config, tokenizer
 
 
-def _unusable(path: str | Path, error: Exception) -> CheckpointError:
+def _unusable(path: str | Path | None, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"cannot be loaded as a language model ({reason(error)})",
         where=path,

@@ -21,6 +21,7 @@ from elmd.engine.store import Store, read_manifest
 from elmd.errors import ArtifactError, ElmdError
 from elmd.log import logger
 from elmd.stages.base import Depends, Job, Outcome, Stage
+from elmd.stages.checks import preflight
 from elmd.stages.depends import STAGES
 
 T = TypeVar("T")
@@ -114,12 +115,9 @@ class Chain:
             self.run_one(one)
 
     def _preflight(self, names: Sequence[str]) -> None:
-        """Find early what would stop the last training, unless there is nothing left to train."""
+        """Find early what would stop a later stage."""
         todo = [n for n in names if self.cfg.force or not self.store.finished(n, self.node(n).fingerprint)]
-        if "eerg" in todo:
-            from elmd.stages.parts import check_parts
-
-            check_parts(self.cfg, todo)
+        preflight(self.cfg, todo)
 
     def run_one(self, name: str) -> Path:
         """Make a stage's result, or find it made already; prints `artifact: PATH`.

@@ -60,7 +60,7 @@ def prepare(cfg: Config) -> Depends:
 
 def _source_files(cfg: Config) -> dict[str, Path]:
     """The files that the reader opens: a folder of M3ED or CPED may hold the videos as well."""
-    assert cfg.data.path is not None, "elmd.config.check has seen to it"
+    assert cfg.data.path is not None, "elmd.stages.checks has seen to it"
     path = Path(cfg.data.path)
     names = {
         Reader.m3ed: ("annotation.json", "splitInfo"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,20 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from elmd.config import BOOTSTRAP, Checkpointing, Config, PromptConfig, Search
+from elmd.config import Checkpointing, Config, PromptConfig
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples, Features, no_features, shuffled
 from elmd.data.prompts import Prompt, Task
 from elmd.data.samples import load_samples
-from elmd.dtypes import pick_dtype
 from elmd.errors import ArtifactError, CheckpointError
 from elmd.labels import EMOTIONS, WORDS, Emotion
 from elmd.log import logger
 from elmd.models.adapter import Lora
 from elmd.models.elmd import Elmd
-from elmd.models.llm import load_llm, open_llm
+from elmd.models.llm import load_llm
 from elmd.models.memory import needs_checkpointing
-from elmd.models.projector import Projector
 from elmd.models.sharding import shard, sharding
 from elmd.retrieval.index import load_demonstrations
-from elmd.retrieval.search import load_faiss
 from elmd.stages.base import Job, checkpoint_path
 from elmd.training.tokens import TokenTask
 from elmd.types import Demonstration, Sample, Utterance
@@ -129,28 +126,6 @@ def load_parts(cfg: Config, job: Job) -> Parts:
     )
     check_ids(tokenizer, llm.config, cfg.llm.path)
     return Parts(samples, demonstrations, features, width, llm, encoder_of(tokenizer, cfg.prompt))
-
-
-def check_parts(cfg: Config, todo: Collection[str]) -> None:
-    """What can be known of REP's and EERG's parts before hours go into the stages before them; reads no weights.
-
-    Args:
-        todo: the stages that will run.
-
-    Raises:
-        CheckpointError: the language model, its tokenizer or a given projector cannot be used.
-        ConfigError: the prompt has no room for the instruction, or FAISS is asked for and not installed.
-    """
-    if "index" in todo and cfg.retriever.search is Search.faiss:
-        load_faiss()
-    if "rep" in todo and cfg.rep.projector_from:
-        Projector.load(Path(cfg.rep.projector_from))
-    if cfg.llm.path in (None, BOOTSTRAP):
-        return
-    pick_dtype(cfg.llm.dtype, torch.device("cpu"))
-    config, tokenizer = open_llm(cfg.llm.path, attention=cfg.llm.attention)
-    check_ids(tokenizer, config, cfg.llm.path)
-    shortest_prompt(encoder_of(tokenizer, cfg.prompt), cfg.vision.frames if cfg.sees_video else 0)
 
 
 def check_ids(tokenizer: Any, config: PreTrainedConfig, path: str | Path | None) -> None:

@@ -47,7 +47,7 @@ def read(cfg: Config, world: Path | None) -> Source:
     if data.reader is Reader.tiny:
         assert world is not None, "it is upstream of data=tiny"
         return read_jsonl(world / "dialogues.jsonl", emotion_map=labels)
-    assert data.path is not None, "elmd.config.check has seen to it"
+    assert data.path is not None, "elmd.stages.checks has seen to it"
     path = Path(data.path)
     if data.reader is Reader.jsonl:
         return read_jsonl(path, emotion_map=labels)
