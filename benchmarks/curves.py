@@ -30,6 +30,7 @@ from benchmarks.samples import Lengths
 from benchmarks.ways import Samples, Scale, Task, language_model, peak_bytes, small_llm
 from elmd.labels import Emotion
 from elmd.retrieval.index import Index, Queries
+from elmd.retrieval.strategy import Settings, semantic
 from elmd.types import Sample, Utterance
 
 QUERY_TOKENS = 32  # o of VisualGLM's Q-Former
@@ -151,7 +152,7 @@ def index(small: bool, rounds: int) -> Curve:
 
     def search(size: int) -> Callable[[], Any]:
         made = Index.build(samples[asked : asked + size], {"E_s": vectors[asked : asked + size]})
-        return lambda: made.search("E_s", queries, 1)
+        return lambda: semantic(made, queries, Settings("E_s"))
 
     found = [1000 * one for one in medians([search(size) for size in sizes], rounds)]
     return Curve(f"Exact search of {asked} queries, {width} wide", "candidates", "ms", sizes, {"search": found})

@@ -392,7 +392,7 @@ def test_search_cost_and_points(tmp_path: Path) -> None:
             assert 0 < cost.low <= cost.microseconds <= cost.high
     assert torch.get_num_threads() >= 1
     (tmp_path / "index4" / "abc" / "index.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"index4/abc: is no whole index"):
+    with pytest.raises(ArtifactError, match=r"index4/abc: is not a complete index"):
         search_cost(found.systems["ELMD, s = 4"][0], samples)
 
 

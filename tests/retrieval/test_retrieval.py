@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import threading
 from collections import Counter
@@ -19,22 +18,21 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import BertModel
 
 from elmd.config import Config, DataConfig, ErmConfig, Key, Reader, RetrieverConfig
 from elmd.data.samples import save_samples
-from elmd.errors import ArtifactError, CheckpointError, ConfigError, DataError
+from elmd.errors import ConfigError, DataError
 from elmd.losses import retriever_loss
 from elmd.retrieval import load_retriever, retriever
-from elmd.retrieval.index import Index, Queries, demonstrations, load_demonstrations, save_demonstrations
-from elmd.retrieval.retriever import Tokens, add_separation, cut_texts, embed, encode, separation_of
-from elmd.retrieval.self_separation import SelfSeparation
+from elmd.retrieval.demonstrations import demonstrations, load_demonstrations
+from elmd.retrieval.index import Index
+from elmd.retrieval.retriever import Tokens, add_separation, embed, encode
+from elmd.retrieval.strategy import Settings
 from elmd.stages import depends
 from elmd.stages import erm as erm_stage
 from elmd.stages import index as index_stage
 from elmd.stages.base import Job
 from elmd.stages.erm import Erm, emotion_batches, gather_rows
-from elmd.types import Sample
 from encoders import WIDTH, make_samples
 
 TEXTS = ["我好开心！", "你今天开心吗", "他难过", "我不生气了，你呢", "害怕", "好的。"]
@@ -44,242 +42,6 @@ TEXTS = ["我好开心！", "你今天开心吗", "他难过", "我不生气了�
 def trained(bert: Path) -> SentenceTransformer:
     torch.manual_seed(1)
     return add_separation(load_retriever(bert), 4, "mlp")
-
-
-# --- Algorithm 1 ---------------------------------------------------------------------------------------------------
-
-
-def slow_self_separation(module: SelfSeparation, e: Tensor) -> Tensor:
-    """Algorithm 1 line by line, for one e_u [d]."""
-    d, s = module.width, module.slots
-    g = d // s
-    rows = []
-    for i in range(1, s + 1):
-        c = torch.zeros(d, dtype=e.dtype)
-        for position in range((i - 1) * g + 1, i * g + 1):  # the paper counts from 1
-            c[position - 1] = 1
-        rows.append(module.rest(module.first(torch.cat([e + c, c]))))
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("kind", ["mlp", "linear"])
-@pytest.mark.parametrize(("width", "slots"), [(16, 4), (16, 1), (16, 16), (17, 4), (10, 3)])
-def test_self_separation_equals_algorithm_1(width: int, slots: int, kind: str) -> None:
-    torch.manual_seed(width + slots)
-    module = SelfSeparation(width, slots, kind).double()
-    e = torch.randn(5, width, dtype=torch.float64)
-    expected = torch.stack([slow_self_separation(module, one) for one in e])
-    assert module.separate(e).shape == (5, slots, width)
-    torch.testing.assert_close(module.separate(e), expected, rtol=1e-12, atol=1e-12)
-    assert module.get_embedding_dimension() == slots * width
-
-
-def test_the_tail_of_an_uneven_width_belongs_to_no_slot() -> None:
-    augment = SelfSeparation(10, 3).augment
-    assert augment[:, 9:].abs().sum() == 0
-    assert augment.sum(dim=1).tolist() == [3, 3, 3]
-    assert augment.sum(dim=0).tolist() == [1] * 9 + [0]
-
-
-def test_self_separation_refuses_what_it_cannot_cut() -> None:
-    with pytest.raises(ConfigError, match="9 slots cannot be cut from a width of 8"):
-        SelfSeparation(8, 9)
-    with pytest.raises(ConfigError, match="unknown kind of self-separation 'cnn'; use mlp or linear"):
-        SelfSeparation(8, 2, "cnn")
-
-
-# --- The retriever's folder ----------------------------------------------------------------------------------------
-
-
-def test_saved_and_loaded_retriever_is_equal_bit_for_bit(trained: SentenceTransformer, tmp_path: Path) -> None:
-    trained.max_seq_length = 9
-    trained.save_pretrained(str(tmp_path), create_model_card=False)
-    loaded = load_retriever(tmp_path)
-    assert loaded.max_seq_length == 9
-    before, after = trained.state_dict(), loaded.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    for key in ("e_u", "E_s"):
-        assert torch.equal(encode(trained, TEXTS)[key], encode(loaded, TEXTS)[key])
-    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt"}
-
-
-def test_it_is_an_ordinary_sentence_transformer_whose_encode_gives_the_slots(trained_folder: Path) -> None:
-    model = load_retriever(trained_folder)
-    keys = encode(model, TEXTS, batch_size=2)
-    assert (keys["e_u"].shape, keys["E_s"].shape) == ((6, WIDTH), (6, 4 * WIDTH))
-    torch.testing.assert_close(torch.tensor(model.encode(TEXTS)), keys["E_s"], rtol=1e-5, atol=1e-6)
-    separation = separation_of(model)
-    assert separation is not None
-    torch.testing.assert_close(separation.separate(keys["e_u"]).flatten(1), keys["E_s"])
-    assert model.get_embedding_dimension() == 4 * WIDTH
-
-
-def test_raw_retriever_is_mean_pooling_and_has_no_slots(bert: Path) -> None:
-    model = load_retriever(bert, max_tokens=7)
-    assert (model.max_seq_length, separation_of(model)) == (7, None)
-    keys = encode(model, TEXTS)
-    assert list(keys) == ["e_u"]
-    tokens = model.tokenizer([TEXTS[0]], return_tensors="pt", truncation=True, max_length=7)
-    with torch.no_grad():
-        expected = BertModel.from_pretrained(bert).eval()(**tokens).last_hidden_state.mean(dim=1)
-    torch.testing.assert_close(keys["e_u"][:1], expected, rtol=1e-5, atol=1e-6)
-    assert cut_texts(model, ["好", TEXTS[0], TEXTS[3]]) == 1
-
-
-def test_encoding_keeps_the_order_and_gives_equal_texts_equal_vectors(trained: SentenceTransformer) -> None:
-    keys = encode(trained, [*TEXTS, TEXTS[3]], batch_size=2)
-    alone = torch.cat([encode(trained, [text])["e_u"] for text in TEXTS])
-    torch.testing.assert_close(keys["e_u"][:-1], alone, rtol=1e-5, atol=1e-6)
-    assert torch.equal(keys["E_s"][3], keys["E_s"][-1])
-
-
-def test_a_normalize_module_is_kept_raw_and_left_out_under_self_separation(bert: Path, tmp_path: Path) -> None:
-    from sentence_transformers.base.modules import Normalize
-
-    plain = load_retriever(bert)
-    SentenceTransformer(modules=[*plain, Normalize()]).save_pretrained(str(tmp_path), create_model_card=False)
-    raw = load_retriever(tmp_path)
-    torch.testing.assert_close(encode(raw, TEXTS)["e_u"].norm(dim=1), torch.ones(len(TEXTS)))
-    assert torch.equal(encode(add_separation(raw, 2, "mlp"), TEXTS)["e_u"], encode(plain, TEXTS)["e_u"])
-
-
-def test_prompts_of_a_checkpoint_are_used(bert: Path, tmp_path: Path) -> None:
-    plain = load_retriever(bert)
-    SentenceTransformer(modules=list(plain), prompts={"query": "我是"}, default_prompt_name="query").save_pretrained(
-        str(tmp_path), create_model_card=False
-    )
-    loaded = load_retriever(tmp_path)
-    torch.testing.assert_close(encode(loaded, ["开心"])["e_u"], encode(plain, ["我是开心"])["e_u"])
-    torch.testing.assert_close(torch.tensor(loaded.encode(["开心"])), encode(loaded, ["开心"])["e_u"])
-
-
-@pytest.mark.parametrize("kind", ["evil.Module", "os.path.Transformer", "sentence_transformers.base.modules.Dense"])
-def test_foreign_modules_are_refused_by_name(trained_folder: Path, tmp_path: Path, kind: str) -> None:
-    folder = Path(shutil.copytree(trained_folder, tmp_path / "copy"))
-    listing = json.loads((folder / "modules.json").read_text())
-    listing[2]["type"] = kind
-    (folder / "modules.json").write_text(json.dumps(listing))
-    with pytest.raises(CheckpointError, match=f"modules.json: module '{kind}' is not one a retriever may have"):
-        load_retriever(folder)
-
-
-def test_broken_folders_are_refused_with_their_name(trained_folder: Path, bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"/nowhere/at all: no such folder; check retriever\.path"):
-        load_retriever("/nowhere/at all")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="empty: cannot be loaded as a sentence encoder"):
-        load_retriever(tmp_path / "empty")
-    lost = Path(shutil.copytree(trained_folder, tmp_path / "lost"))
-    (lost / "2_SelfSeparation" / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"2_SelfSeparation: model\.safetensors missing; train"):
-        load_retriever(lost)
-    narrow = Path(shutil.copytree(trained_folder, tmp_path / "narrow"))
-    (narrow / "2_SelfSeparation" / "config.json").write_text('{"width": 8, "slots": 4, "kind": "mlp"}')
-    with pytest.raises(CheckpointError, match=r"the weights do not fit config\.json"):
-        load_retriever(narrow)
-    order = Path(shutil.copytree(trained_folder, tmp_path / "order"))
-    listing = json.loads((order / "modules.json").read_text())
-    (order / "modules.json").write_text(json.dumps(listing[1:]))
-    with pytest.raises(CheckpointError, match="the modules Pooling, SelfSeparation are not those of a retriever"):
-        load_retriever(order)
-    pickled = Path(shutil.copytree(bert, tmp_path / "pickled"))
-    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="with safetensors weights"):
-        load_retriever(pickled)
-
-
-# --- The index -----------------------------------------------------------------------------------------------------
-
-
-def slow_search(vectors: Tensor, train: list[Sample], query: Tensor, sample: Sample, k: int) -> list[int]:
-    def cosine(a: Tensor, b: Tensor) -> float:
-        return float(a.double() @ b.double() / (a.double().norm() * b.double().norm()))
-
-    allowed = [i for i, one in enumerate(train) if one.dialogue != sample.dialogue]
-    return sorted(allowed, key=lambda i: -cosine(vectors[i], query))[:k]
-
-
-@pytest.fixture(scope="module")
-def indexed() -> tuple[list[Sample], list[Sample], Tensor, Index]:
-    samples = make_samples()
-    train = [sample for sample in samples if sample.split == "train"]
-    vectors = torch.randn(len(samples), 6, generator=torch.Generator().manual_seed(0))
-    return samples, train, vectors, Index.build(train, {"e_u": vectors[: len(train)]})
-
-
-def test_search_equals_the_loop_and_never_meets_the_own_dialogue(indexed: Any) -> None:
-    samples, train, vectors, index = indexed
-    found = index.search("e_u", Queries.of(vectors, samples), 3)
-    for i, sample in enumerate(samples):
-        assert found.positions[i].tolist() == slow_search(vectors[: len(train)], train, vectors[i], sample, 3)
-        assert sample.dialogue not in {train[p].dialogue for p in found.positions[i].tolist()}
-    assert (found.similarity.diff(dim=1) <= 0).all()
-
-
-def test_with_the_own_dialogue_allowed_each_training_sample_finds_itself(indexed: Any) -> None:
-    samples, train, vectors, index = indexed
-    found = index.search("e_u", Queries.of(vectors, samples), 1, allow_same_dialogue=True)
-    assert found.positions[: len(train), 0].tolist() == list(range(len(train)))
-    torch.testing.assert_close(found.similarity[: len(train), 0], torch.ones(len(train)))
-
-
-def test_a_sample_is_excluded_by_its_id_even_under_another_dialogue(indexed: Any) -> None:
-    _, train, vectors, index = indexed
-    found = index.search("e_u", Queries(vectors[:1], [train[0].id], ["another"]), 1)
-    assert found.positions.item() != 0
-
-
-def test_ties_go_to_the_first_candidate(indexed: Any) -> None:
-    _, train, _, _ = indexed
-    row = torch.randn(1, 33, generator=torch.Generator().manual_seed(1))
-    index = Index.build(train, {"e_u": row.repeat(len(train), 1)})
-    found = index.search("e_u", Queries(row, ["q"], [train[0].dialogue]), 5)
-    assert found.positions[0].tolist() == [4, 5, 6, 7, 8]  # the first dialogue has four samples
-
-
-def test_no_candidate_left_is_an_error_that_names_the_sample(indexed: Any) -> None:
-    samples, train, vectors, _ = indexed
-    alone = Index.build(train[:4], {"e_u": vectors[:4]})
-    with pytest.raises(DataError, match="sample d0#1: 1 to be retrieved, but only 0 of 4 training samples are outside"):
-        alone.search("e_u", Queries.of(vectors[:1], samples[:1]), 1)
-    with pytest.raises(DataError, match="no key 'E_s', only e_u"):
-        alone.search("E_s", Queries.of(vectors[:1], samples[:1]), 1)
-
-
-def test_saved_and_loaded_index_is_equal(indexed: Any, tmp_path: Path) -> None:
-    _, _, _, index = indexed
-    index.save(tmp_path)
-    loaded = Index.load(tmp_path)
-    assert (loaded.ids, loaded.dialogues) == (index.ids, index.dialogues)
-    assert torch.equal(loaded.vectors["e_u"], index.vectors["e_u"])
-    assert loaded.vectors["e_u"].dtype == torch.float32
-    entries = json.loads((tmp_path / "ids.json").read_text())
-    (tmp_path / "ids.json").write_text(json.dumps(entries[:-1]))
-    with pytest.raises(ArtifactError, match=r"hold different numbers of candidates; make it again"):
-        Index.load(tmp_path)
-    (tmp_path / "ids.json").unlink()
-    with pytest.raises(ArtifactError, match="is no whole index"):
-        Index.load(tmp_path)
-
-
-def test_demonstrations_survive_the_file(indexed: Any, tmp_path: Path) -> None:
-    samples, train, vectors, index = indexed
-    candidates = {sample.id: sample for sample in train}
-    found = demonstrations(index, candidates, samples, vectors, key="e_u", k=2)
-    assert list(found) == [sample.id for sample in samples]
-    one = found[samples[0].id][0]
-    assert one.response == candidates[one.source].response.text
-    assert one.emotion == candidates[one.source].response.emotion
-    assert one.utterance == candidates[one.source].utterance.text
-    path = tmp_path / "demonstrations.jsonl"
-    save_demonstrations(path, found)
-    assert load_demonstrations(path) == found
-    path.write_text(path.read_text(encoding="utf-8") + '{"sample": "x"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=rf"demonstrations.jsonl:{2 * len(samples) + 1}: not a demonstration \("):
-        load_demonstrations(path)
-    with pytest.raises(DataError, match=r"none.jsonl: cannot be read \(No such file or directory\); run stage=index"):
-        load_demonstrations(tmp_path / "none.jsonl")
 
 
 # --- Batches and gathering -----------------------------------------------------------------------------------------
@@ -525,7 +287,7 @@ def test_audit_equals_a_count_over_pairs() -> None:
     train = {sample.id: sample for sample in samples if sample.split == "train"}
     vectors = torch.randn(len(samples), 4, generator=torch.Generator().manual_seed(0))
     index = Index.build(list(train.values()), {"e_u": vectors[: len(train)]})
-    found = demonstrations(index, train, samples, vectors, key="e_u", k=2)
+    found = demonstrations(index, train, samples, vectors, Settings("e_u", 2))
     row = index_stage.audit(samples, train, found)
     chances = {"gold_response_chance": 0.0, "emotion_match_chance": 0.0}
     for sample in samples:

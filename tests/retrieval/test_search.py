@@ -1,10 +1,11 @@
-"""The search for nearest candidates: equal to plain double precision in every case, and FAISS with its recall."""
+"""The search for nearest candidates: equal to a plain double loop, and FAISS with its recall."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from elmd.config import Config, DataConfig, Reader, RetrieverConfig, Search
 from elmd.errors import ConfigError, DataError
 from elmd.labels import Emotion
 from elmd.retrieval import search as module
-from elmd.retrieval.index import Index, Neighbours, Queries, demonstrations
+from elmd.retrieval.demonstrations import demonstrations
+from elmd.retrieval.index import Index, Queries
+from elmd.retrieval.search import Neighbours
+from elmd.retrieval.strategy import Settings, semantic
 from elmd.stages import depends
 from elmd.stages import index as index_stage
-from elmd.types import Sample, Utterance
+from elmd.types import SPLITS, Demonstration, Sample, Utterance
 
 
 def make_index(vectors: Tensor, dialogues: Sequence[str]) -> Index:
@@ -29,18 +33,19 @@ def make_index(vectors: Tensor, dialogues: Sequence[str]) -> Index:
 
 
 def plain(index: Index, queries: Queries, k: int, leak: bool = False) -> Neighbours:
-    """All cosines in double precision, rounded to fp32; k times the first of the largest."""
-    scores = (F.normalize(queries.vectors.double(), dim=-1) @ index.vectors["e_u"].double().T).float()
-    for row, (name, dialogue) in enumerate(zip(queries.ids, queries.dialogues, strict=True)):
-        for column, (other, its) in enumerate(zip(index.ids, index.dialogues, strict=True)):
-            if not leak and (name == other or dialogue == its):
-                scores[row, column] = -torch.inf
-    found = []
-    for _ in range(k):
-        best = scores.argmax(dim=1, keepdim=True)
-        found.append((best, scores.gather(1, best)))
-        scores.scatter_(1, best, -torch.inf)
-    return Neighbours(*(torch.cat(column, dim=1) for column in zip(*found, strict=True)))
+    """A double loop: each cosine in double precision, rounded to fp32, in a stable sort: the first of ties wins."""
+    units = F.normalize(queries.vectors.double(), dim=-1)
+    candidates = list(zip(index.ids, index.dialogues, index.vectors["e_u"].double(), strict=True))
+    positions, similarity = [], []
+    for name, dialogue, unit in zip(queries.ids, queries.dialogues, units, strict=True):
+        scores = [
+            -torch.inf if not leak and (name == other or dialogue == its) else float((unit @ vector).float())
+            for other, its, vector in candidates
+        ]
+        best = sorted(range(len(scores)), key=lambda i, scores=scores: -scores[i])[:k]
+        positions.append(best)
+        similarity.append([scores[i] for i in best])
+    return Neighbours(torch.tensor(positions), torch.tensor(similarity))
 
 
 def spread(n: int, width: int, draw: torch.Generator) -> Tensor:
@@ -63,7 +68,7 @@ def few(n: int, width: int, draw: torch.Generator) -> Tensor:
     return torch.randn(5, width, generator=draw)[torch.randint(5, (n,), generator=draw)]
 
 
-def one(n: int, width: int, draw: torch.Generator) -> Tensor:
+def repeated(n: int, width: int, draw: torch.Generator) -> Tensor:
     return torch.randn(1, width, generator=draw).repeat(n, 1)
 
 
@@ -72,69 +77,31 @@ def doubled(n: int, width: int, draw: torch.Generator) -> Tensor:
     return torch.cat([half, half])[:n]
 
 
-@pytest.mark.parametrize("vectors", [spread, clustered, one_ulp, few, one, doubled])
-@pytest.mark.parametrize(("n", "width", "most"), [(13, 6, 256), (300, 33, 20), (700, 300, 256)])
-@pytest.mark.parametrize("k", [1, 3])
-def test_search_is_that_of_double_precision(
-    vectors: Any, n: int, width: int, most: int, k: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("vectors", [spread, clustered, one_ulp, few, repeated, doubled])
+@pytest.mark.parametrize(("n", "width"), [(13, 6), (300, 33)])
+def test_search_equals_a_double_loop_in_blocks_of_any_size(
+    vectors: Any, n: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In tiles smaller and larger than there are queries and candidates; `most` lets many rows fall back."""
-    for tile in ((512, 2048), (7, 64)):
-        monkeypatch.setattr(module, "_QUERIES", tile[0])
-        monkeypatch.setattr(module, "_CANDIDATES", tile[1])
-        monkeypatch.setattr(module, "_MOST", most)
-        monkeypatch.setattr(module, "_PAIRS", 40 * width)
-        rows = vectors(n, width, torch.Generator().manual_seed(n))
-        index = make_index(rows, [f"d{i // 4}" for i in range(n)])
-        asked = torch.cat([rows[:40], torch.randn(5, width)])
-        names = [*index.ids[:40], "a", "b", "5", "6", "c"]  # "5" is in another dialogue here
-        queries = Queries(asked[: len(names)], names[: len(asked)], [f"d{i // 4}" for i in range(len(asked))])
-        for leak in (False, True):
-            found = index.search("e_u", queries, k, allow_same_dialogue=leak)
-            expected = plain(index, queries, k, leak)
-            assert torch.equal(found.positions, expected.positions)
-            assert torch.equal(found.similarity, expected.similarity)
-
-
-def test_what_fp32_leaves_open_and_nothing_else_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    again, slow = module._nearest_of, module._in_double
-
-    def counted(candidates: Tensor, queries: Tensor, pairs: module.Pairs, k: int) -> Neighbours:
-        seen.append(len(pairs.rows))
-        return again(candidates, queries, pairs, k)
-
-    monkeypatch.setattr(module, "_nearest_of", counted)
-    monkeypatch.setattr(module, "_in_double", lambda *_: pytest.fail("nothing ties"))
-    draw = torch.Generator().manual_seed(0)
-    index = make_index(spread(3000, 32, draw), ["d"] * 3000)
-    queries = Queries(spread(100, 32, draw), [f"q{i}" for i in range(100)], ["another"] * 100)
-    index.search("e_u", queries, 3)
-    assert 300 <= sum(seen) < 600
-    rows = []
-    monkeypatch.setattr(module, "_in_double", lambda c, q, e, k: rows.append(len(q)) or slow(c, q, e, k))
-    index = make_index(one(3000, 32, draw), ["d"] * 3000)
-    found = index.search("e_u", queries, 3)
-    assert rows == [100]
-    assert found.positions.tolist() == [[0, 1, 2]] * 100
-
-
-def test_the_bound_of_fp32_holds_for_widths_that_are_used() -> None:
-    draw = torch.Generator().manual_seed(0)
-    for width in (6, 128, 512, 3072):
-        a, b = (F.normalize(torch.rand(64, width, generator=draw).double(), dim=-1) for _ in range(2))
-        b = b.float().double()
-        out = torch.empty(64, 64)
-        module._product(a.float(), b.float(), out=out)
-        terms = min(width, module._TERMS)
-        assert (out.double() - a @ b.T).abs().max() <= (terms + -(-width // terms) + 8) * 2**-24
+    rows = vectors(n, width, torch.Generator().manual_seed(n))
+    index = make_index(rows, [f"d{i // 4}" for i in range(n)])
+    asked = torch.cat([rows[:20], torch.randn(5, width)])
+    names = [*index.ids[:20], "a", "b", "5", "6", "c"]  # "5" is in another dialogue here
+    queries = Queries(asked, names[: len(asked)], [f"d{i // 4}" for i in range(len(asked))])
+    for leak in (False, True):
+        expected = plain(index, queries, 3, leak)
+        for k, block, converted in ((3, 1 << 24, 2048), (1, 7 * n, 64), (3, 1, 5)):
+            monkeypatch.setattr(module, "_BLOCK", block)
+            monkeypatch.setattr(module, "_CONVERTED", converted)
+            result = semantic(index, queries, Settings("e_u", k, allow_same_dialogue=leak))
+            assert torch.equal(result.positions, expected.positions[:, :k])
+            assert torch.equal(result.similarity, expected.similarity[:, :k])
 
 
 def test_a_vector_that_is_not_finite_is_refused() -> None:
     index = make_index(torch.eye(4), list("abcd"))
     for rows in (torch.full((1, 4), torch.nan), torch.tensor([[torch.inf, 0, 0, 0]])):
         with pytest.raises(DataError, match="key e_u: a vector is not finite"):
-            index.search("e_u", Queries(rows, ["q"], ["q"]), 1)
+            semantic(index, Queries(rows, ["q"], ["q"]), Settings("e_u"))
 
 
 # --- FAISS ---------------------------------------------------------------------------------------------------------
@@ -145,23 +112,22 @@ def faiss() -> Any:
     return pytest.importorskip("faiss", reason="FAISS is not installed (pip install -e '.[faiss]')")
 
 
-@pytest.mark.parametrize("vectors", [spread, clustered, doubled])
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("vectors", "k"), [(spread, 1), (spread, 3), (clustered, 3), (doubled, 3)])
 def test_faiss_finds_nearly_all_and_never_the_own_dialogue(vectors: Any, k: int, faiss: Any) -> None:
     rows = vectors(2000, 24, torch.Generator().manual_seed(1))
     dialogues = ["long" if i < 300 else f"d{i // 5}" for i in range(2000)]
     index = make_index(rows, dialogues)
     queries = Queries(rows[100:900], index.ids[100:900], dialogues[100:900])
-    found = index.search("e_u", queries, k, approximately=True)
-    expected = plain(index, queries, k)
-    for i, positions in enumerate(found.positions.tolist()):
+    result = semantic(index, queries, Settings("e_u", k, approximately=True))
+    expected = semantic(index, queries, Settings("e_u", k))
+    for i, positions in enumerate(result.positions.tolist()):
         assert queries.dialogues[i] not in {dialogues[p] for p in positions}
         assert len(set(positions)) == k
-    same = found.similarity >= expected.similarity[:, -1:]
+    same = result.similarity >= expected.similarity[:, -1:]
     assert same.double().mean() > 0.95
-    assert torch.equal(found.positions[same.all(1)], expected.positions[same.all(1)]) or vectors is clustered
-    told = index.similarity("e_u", queries.vectors).gather(1, found.positions)
-    torch.testing.assert_close(found.similarity, told, rtol=0, atol=1e-7)
+    assert torch.equal(result.positions[same.all(1)], expected.positions[same.all(1)]) or vectors is clustered
+    cosines = index.similarity("e_u", queries.vectors).gather(1, result.positions)
+    torch.testing.assert_close(result.similarity, cosines, rtol=0, atol=1e-7)
 
 
 def test_where_faiss_leaves_too_few_the_query_is_searched_exactly(faiss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,15 +141,16 @@ def test_where_faiss_leaves_too_few_the_query_is_searched_exactly(faiss: Any, mo
     rows = spread(500, 16, torch.Generator().manual_seed(2))
     index = make_index(rows, [f"d{i // 4}" for i in range(500)])
     queries = Queries(rows[:60], index.ids[:60], index.dialogues[:60])
-    found, expected = index.search("e_u", queries, 2, approximately=True), plain(index, queries, 2)
-    assert torch.equal(found.positions[::2], expected.positions[::2])
+    result = semantic(index, queries, Settings("e_u", 2, approximately=True))
+    expected = semantic(index, queries, Settings("e_u", 2))
+    assert torch.equal(result.positions[::2], expected.positions[::2])
 
 
 def test_without_faiss_asking_for_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     index = make_index(torch.eye(4), list("abcd"))
     with pytest.raises(ConfigError, match=r"retriever\.search: FAISS is not installed; pip install 'elmd\[faiss\]'"):
-        index.search("e_u", Queries(torch.eye(4), list("abcd"), list("abcd")), 1, approximately=True)
+        semantic(index, Queries(torch.eye(4), list("abcd"), list("abcd")), Settings("e_u", approximately=True))
 
 
 def test_auto_is_exact_until_many_and_says_what_it_lacks(
@@ -221,17 +188,22 @@ def test_recall_is_the_share_of_what_is_as_near_as_the_kth(faiss: Any) -> None:
     vectors = spread(800, 8, torch.Generator().manual_seed(3))
     index = Index.build([samples[i] for i in train], {"e_u": vectors[train]})
     candidates = {samples[i].id: samples[i] for i in train}
+    settings = Settings("e_u", 2)
     exact, near = (
-        demonstrations(index, candidates, samples, vectors, key="e_u", k=2, approximately=how) for how in (False, True)
+        demonstrations(index, candidates, samples, vectors, replace(settings, approximately=how))
+        for how in (False, True)
     )
-    assert index_stage.recall(index, samples, vectors, exact, key="e_u", k=2) == {
-        "train": {"recall@2": 1.0, "recall_queries": 333},
-        "valid": {"recall@2": 1.0, "recall_queries": 100},
-        "test": {"recall@2": 1.0, "recall_queries": 100},
-    }
+    rows = {split: [i for i, sample in enumerate(samples) if sample.split == split] for split in SPLITS}
+
+    def recall(shown: Mapping[str, Sequence[Demonstration]], split: str) -> dict[str, float]:
+        how = replace(settings, approximately=True)
+        return index_stage.recall(index, samples, vectors, rows[split], shown, how)
+
+    assert recall(exact, "train") == {"recall@2": 1.0, "recall_queries": 333}
+    assert recall(exact, "valid") == recall(exact, "test") == {"recall@2": 1.0, "recall_queries": 100}
     wrong = {name: [exact[samples[0].id][1]] * 2 for name in exact}
-    assert index_stage.recall(index, samples, vectors, wrong, key="e_u", k=2)["test"]["recall@2"] < 1.0
-    assert index_stage.recall(index, samples, vectors, near, key="e_u", k=2)["train"]["recall@2"] > 0.95
+    assert recall(wrong, "test")["recall@2"] < 1.0
+    assert recall(near, "train")["recall@2"] > 0.95
 
 
 def test_only_a_search_that_was_chosen_is_in_the_fingerprint(tmp_path: Path) -> None:

@@ -59,8 +59,10 @@ from elmd.pack.folder import (
     shape_of,
 )
 from elmd.retrieval import load_retriever
-from elmd.retrieval.index import Index, demonstrations
+from elmd.retrieval.demonstrations import demonstrations
+from elmd.retrieval.index import Index
 from elmd.retrieval.retriever import encode
+from elmd.retrieval.strategy import Settings
 from elmd.stages.eerg import task_of
 from elmd.stages.features import clip_encoder
 from elmd.stages.parts import check_ids, place
@@ -218,11 +220,9 @@ class Pack:
         if self.index is None:
             return {}
         chosen = self.cfg.retriever
-        vectors = encode(self.retriever, [sample.utterance.text for sample in samples])[chosen.key.value]
-        return demonstrations(
-            self.index, self.candidates, samples, vectors, key=chosen.key.value, k=chosen.k,
-            allow_same_dialogue=chosen.allow_same_dialogue,
-        )  # fmt: skip
+        settings = Settings(chosen.key.value, chosen.k, chosen.allow_same_dialogue)
+        vectors = encode(self.retriever, [sample.utterance.text for sample in samples])[settings.key]
+        return demonstrations(self.index, self.candidates, samples, vectors, settings)
 
     def _features(self, samples: Sequence[Sample]) -> tuple[Features, dict[str, str]]:
         """V_c of each sample, as stage `features` makes it, and the error of each clip that was lost."""

@@ -12,7 +12,7 @@ from typing import ClassVar
 from elmd.evaluation.runs import Experiment
 from elmd.evaluation.score import Prediction
 from elmd.labels import EMOTIONS
-from elmd.retrieval.index import DEMONSTRATIONS, load_demonstrations
+from elmd.retrieval.demonstrations import DEMONSTRATIONS, load_demonstrations
 from elmd.types import Demonstration, Sample
 from elmd.vision.thumbnails import thumbnails
 

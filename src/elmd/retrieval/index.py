@@ -1,16 +1,16 @@
-"""The index of training utterances, search without leaks, and the demonstrations it yields (§3.3 end).
+"""The index of training utterances, and which of them a query may meet (§3.3 end).
 
 N candidates, Q queries. Candidates are training samples only. A query never meets itself or its own dialogue: that
-would hand the model the very response it is to write.
+would hand the model the very response it is to write. How candidates are ranked is a strategy (`retrieval.strategy`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elmd.engine.files import atomic, read_json, read_lines, write_lines, write_text
+from elmd.engine.files import atomic, read_json, write_text
 from elmd.errors import ArtifactError, DataError
-from elmd.labels import Emotion
-from elmd.retrieval.search import Neighbours, Pairs, nearest, nearly_nearest
-from elmd.types import Demonstration, Sample
+from elmd.retrieval.search import Pairs
+from elmd.types import Sample
 
-VECTORS, IDS, DEMONSTRATIONS = "index.safetensors", "ids.json", "demonstrations.jsonl"
+VECTORS, IDS = "index.safetensors", "ids.json"
 
 
 @dataclass(frozen=True)
 class Queries:
-    """What is searched for: vectors [Q, width] of one key, with the sample and dialogue each belongs to."""
+    """What is searched for: vectors [Q, width] of one key, with the sample and the dialogue that each belongs to."""
 
     vectors: Tensor
     ids: Sequence[str]
@@ -40,12 +39,17 @@ class Queries:
         return cls(vectors, [sample.id for sample in samples], [sample.dialogue for sample in samples])
 
 
+class Admissible(NamedTuple):
+    """Candidates [N, width] in fp32 and queries [Q, width] in double, unit rows, and the pairs that must not meet."""
+
+    candidates: Tensor
+    queries: Tensor
+    excluded: Pairs
+
+
 @dataclass(frozen=True)
 class Index:
-    """Candidates in a fixed order.
-
-    Cosines are those of double precision, rounded to fp32, so they do not depend on how queries fall into blocks, and
-    equal vectors tie exactly; of ties the candidate that stands first wins.
+    """Candidates in a fixed order, which breaks ties.
 
     Attributes:
         ids, dialogues: of the candidate samples [N].
@@ -82,7 +86,7 @@ class Index:
             index = cls([entry["id"] for entry in entries], [entry["dialogue"] for entry in entries], vectors)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
-                f"is no whole index ({error})", where=folder, fix="make it again: stage=index force=true"
+                f"is not a complete index ({error})", where=folder, fix="make it again: stage=index force=true"
             ) from error
         if any(len(rows) != len(entries) for rows in vectors.values()):
             raise ArtifactError(
@@ -92,30 +96,25 @@ class Index:
             )
         return index
 
-    def search(
-        self, key: str, queries: Queries, k: int, *, allow_same_dialogue: bool = False, approximately: bool = False
-    ) -> Neighbours:
-        """The k nearest candidates of each query by cosine (§3.3 end).
+    def admissible(self, key: str, queries: Queries, k: int, *, allow_same_dialogue: bool = False) -> Admissible:
+        """What a search among the candidates that each query may meet takes.
 
         Args:
             key: which of `vectors`.
             queries: Q queries.
-            k: how many.
+            k: how many candidates each query must have left.
             allow_same_dialogue: lift the exclusion of the query itself and its dialogue; exists to show the leak.
-            approximately: by FAISS, which may miss some (see `nearest.nearly_nearest`).
 
         Raises:
             DataError: fewer than k candidates are left to a query, or a vector is not finite.
-            ConfigError: `approximately`, and FAISS is not installed.
         """
         rows = self._rows(key)
         unit = F.normalize(queries.vectors.double(), dim=-1)
         if not (unit.sum() + rows.sum()).isfinite():
             raise DataError("a vector is not finite", where=f"key {key}", fix="train the retriever again: stage=erm")
-        excluded = self._excluded(queries)
-        if allow_same_dialogue:
-            excluded = Pairs(*(column[:0] for column in excluded))
-        left = len(self.ids) - excluded.rows.bincount(minlength=len(queries.ids))
+        nothing = torch.zeros(0, dtype=torch.long)
+        excluded = Pairs(nothing, nothing) if allow_same_dialogue else self._excluded(queries)
+        left = len(self.ids) - excluded.rows.bincount(minlength=len(queries.ids))  # [Q]
         if (left < k).any():
             worst = int(left.argmin())
             raise DataError(
@@ -124,25 +123,22 @@ class Index:
                 where=f"sample {queries.ids[worst]}",
                 fix="train on more dialogues, or lower retriever.k",
             )
-        return (nearly_nearest if approximately else nearest)(rows, unit, excluded, k)
+        return Admissible(rows, unit, excluded)
 
     def _excluded(self, queries: Queries) -> Pairs:
         """Each query with itself and with the candidates of its dialogue."""
-        numbers = {name: i for i, name in enumerate(dict.fromkeys([*self.dialogues, *queries.dialogues]))}
-        place = {name: i for i, name in enumerate(self.ids)}
-        dialogues = torch.tensor([numbers[name] for name in self.dialogues])
-        own = torch.tensor([numbers[name] for name in queries.dialogues])
-        itself = torch.tensor([place.get(name, -1) for name in queries.ids])
-        # Candidates by dialogue: those of dialogue n are the `sizes[n]` from `starts[n]` on.
-        by_dialogue, sizes = dialogues.argsort(stable=True), dialogues.bincount(minlength=len(numbers))
-        starts = sizes.cumsum(0) - sizes
-        rows = torch.arange(len(own)).repeat_interleave(sizes[own])
-        nth = torch.arange(len(rows)) - (sizes[own].cumsum(0) - sizes[own])[rows]
-        columns = by_dialogue[starts[own][rows] + nth]
-        elsewhere = ((itself >= 0) & (dialogues[itself] != own)).nonzero()[:, 0]
-        rows, columns = torch.cat([rows, elsewhere]), torch.cat([columns, itself[elsewhere]])
-        order = rows.argsort(stable=True)
-        return Pairs(rows[order], columns[order])
+        row_of = {name: row for row, name in enumerate(self.ids)}
+        rows_of: dict[str, list[int]] = {}
+        for row, dialogue in enumerate(self.dialogues):
+            rows_of.setdefault(dialogue, []).append(row)
+        rows, columns = [], []
+        for query, (name, dialogue) in enumerate(zip(queries.ids, queries.dialogues, strict=True)):
+            own = list(rows_of.get(dialogue, ()))
+            if (itself := row_of.get(name)) is not None and self.dialogues[itself] != dialogue:
+                own.append(itself)
+            rows += [query] * len(own)
+            columns += own
+        return Pairs(torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long))
 
     def similarity(self, key: str, vectors: Tensor) -> Tensor:
         """Cosines [Q, N] in fp32 of the vectors [Q, width] with every candidate; nothing is excluded.
@@ -160,63 +156,3 @@ class Index:
                 fix="choose one of these, or train a retriever with self-separation",
             )
         return self.vectors[key]
-
-
-def demonstrations(
-    index: Index,
-    candidates: Mapping[str, Sample],
-    samples: Sequence[Sample],
-    vectors: Tensor,
-    *,
-    key: str,
-    k: int,
-    allow_same_dialogue: bool = False,
-    approximately: bool = False,
-) -> dict[str, list[Demonstration]]:
-    """The demonstration(s) R of each sample: responses r' of the nearest u', nearest first (§3.3 end).
-
-    Args:
-        candidates: the indexed samples, by id.
-        samples: Q samples of any split.
-        vectors: of their utterances [Q, width].
-        key, k, allow_same_dialogue, approximately: see `Index.search`.
-    """
-    found = index.search(
-        key, Queries.of(vectors, samples), k, allow_same_dialogue=allow_same_dialogue, approximately=approximately
-    )
-    result: dict[str, list[Demonstration]] = {}
-    for sample, positions, similarity in zip(samples, found.positions.tolist(), found.similarity.tolist(), strict=True):
-        sources = [candidates[index.ids[position]] for position in positions]
-        result[sample.id] = [
-            Demonstration(
-                sample=sample.id,
-                source=source.id,
-                utterance=source.utterance.text,
-                response=source.response.text,
-                emotion=source.response.emotion,
-                similarity=cosine,
-            )
-            for source, cosine in zip(sources, similarity, strict=True)
-        ]
-    return result
-
-
-def save_demonstrations(path: Path, found: Mapping[str, Sequence[Demonstration]]) -> None:
-    """Write one demonstration a line, in the order of samples, nearest first."""
-    write_lines(path, (asdict(one) for several in found.values() for one in several))
-
-
-def load_demonstrations(path: Path) -> dict[str, list[Demonstration]]:
-    """Demonstrations by sample id, nearest first.
-
-    Raises:
-        DataError: naming the line that is no demonstration.
-    """
-    result: dict[str, list[Demonstration]] = {}
-    for demonstration in read_lines(path, _demonstration, "demonstration", fix="run stage=index"):
-        result.setdefault(demonstration.sample, []).append(demonstration)
-    return result
-
-
-def _demonstration(record: dict[str, Any]) -> Demonstration:
-    return Demonstration(**{**record, "emotion": Emotion(record["emotion"])})

@@ -1,12 +1,13 @@
-"""Nearest candidates by cosine: exactly, at the speed of single precision, or approximately through FAISS.
+"""Nearest candidates by cosine: exactly, or approximately through FAISS.
 
-N candidates, Q queries, unit rows. What counts is the cosine as double precision gives it, rounded to fp32: it does not
-depend on how queries fall into blocks, and equal vectors tie exactly; of ties the candidate that stands first wins.
+N candidates, Q queries, unit rows. A cosine is computed in double precision and rounded to fp32, which absorbs the
+rounding error of double: equal vectors tie, and how queries fall into blocks changes nothing. Of ties the candidate
+that stands first wins.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,18 +15,11 @@ from torch import Tensor
 
 from elmd.errors import ConfigError
 
-#: Queries and candidates of a tile, whose products (4 MiB) stay in the cache.
-_QUERIES, _CANDIDATES = 512, 2048
-#: Candidates of a tile that share one maximum.
-_GROUP = 16
-#: Terms that one fp32 product sums up. Wider vectors are added up from several, which bounds the rounding error by
-#: (128 + width / 128) u instead of width · u, and costs no time.
-_TERMS = 128
-#: A query that has more candidates than this within the rounding error (ties, above all) is searched in double.
-_MOST = 256
-#: Pairs times width that are computed again at a time (32 MiB in double).
-_PAIRS = 1 << 22
-#: HNSW: neighbours in the graph, and how many are followed while it is built and searched.
+#: Cosines of a block of queries with all candidates (64 MiB in fp32), and candidates converted to double at a time.
+_BLOCK, _CONVERTED = 1 << 24, 2048
+#: Queries that FAISS is asked for at a time, and numbers of their candidates compared again (32 MiB in double).
+_ASKED, _NUMBERS = 512, 1 << 22
+#: HNSW: neighbours in the graph, and how many are followed while it is built and while it is searched.
 _LINKS, _BUILD, _FOLLOW = 32, 80, 128
 
 
@@ -56,114 +50,50 @@ class Pairs(NamedTuple):
 def nearest(candidates: Tensor, queries: Tensor, excluded: Pairs, k: int) -> Neighbours:
     """The k nearest candidates of each query.
 
-    Cosines are first computed in fp32. With u = 2⁻²⁴ and any order of summation, a sum of c products of unit vectors'
-    components is off by at most c·u / (1 - c·u), a sum of m such sums by another m·u (Higham, Accuracy and Stability of
-    Numerical Algorithms, 2nd ed., §3.1), a query rounded to fp32 by u, and so is the result. Only candidates within
-    twice that bound of the k-th nearest can be among the k nearest; those are computed again in double precision.
-
     Args:
         candidates: [N, width] in fp32.
         queries: [Q, width] in double.
-        excluded: pairs that are not to be found. Every query has at least k candidates left.
+        excluded: pairs that must not be returned. Every query has at least k candidates left.
         k: how many.
     """
-    width = candidates.shape[1]
-    sums = math.ceil(width / _TERMS)
-    error = (min(width, _TERMS) + sums + 8) * 2**-24 * max(1.0, candidates.norm(dim=1).max().item())
-    found = [
-        _block(candidates, queries[start : start + _QUERIES], excluded.of(start, start + _QUERIES), k, error)
-        for start in range(0, len(queries), _QUERIES)
-    ]
-    return Neighbours(*(torch.cat(column) for column in zip(*found, strict=True)))
+    blocks = [first_largest(cosines, k) for cosines in admissible_cosines(candidates, queries, excluded)]
+    return Neighbours(*(torch.cat(column) for column in zip(*blocks, strict=True)))
 
 
-def _block(candidates: Tensor, queries: Tensor, excluded: Pairs, k: int, error: float) -> Neighbours:
-    """`nearest` of one block of queries, where fp32 is off by at most `error`."""
-    single, count = queries.float(), len(queries)
-    tile = torch.empty(count, _CANDIDATES)
-    groups = tile.view(count, _GROUP, -1)
-    # The k-th largest of the maxima of groups is at most the k-th largest cosine.
-    best = torch.full((count, k), -torch.inf)
-    least = torch.full((count, 1), torch.finfo().min)
-    held = torch.zeros(count, dtype=torch.long)
-    rows, columns, values = [], [], []
-    for start in range(0, len(candidates), _CANDIDATES):
-        part = candidates[start : start + _CANDIDATES]
-        _product(single, part, out=tile[:, : len(part)])
-        tile[:, len(part) :] = -torch.inf
-        here = (excluded.columns >= start) & (excluded.columns < start + len(part))
-        tile[excluded.rows[here], excluded.columns[here] - start] = -torch.inf
-        maxima = groups.amax(dim=1)
-        best = torch.cat([best, maxima], dim=1).topk(k).values
-        least = torch.maximum(least, best[:, -1:] - 2 * error)
-        row, group = (maxima >= least).nonzero(as_tuple=True)
-        several = groups[row, :, group]
-        at, member = (several >= least[row]).nonzero(as_tuple=True)
-        rows.append(row[at])
-        columns.append(start + member * maxima.shape[1] + group[at])
-        values.append(several[at, member])
-        held += row[at].bincount(minlength=count)
-        least[held > _MOST] = torch.inf  # nothing more of these is held
-    row, column, value = torch.cat(rows), torch.cat(columns), torch.cat(values)
-    kept = value >= least[row, 0]  # the bound has risen since the first tiles; it is infinite where too many were held
-    result = _nearest_of(candidates, queries, Pairs(row[kept], column[kept]), k)
-    if (many := (held > _MOST).nonzero()[:, 0]).numel():
-        double = _in_double(candidates, queries[many], excluded.among(many), k)
-        result.positions[many], result.similarity[many] = double
-    return result
+def admissible_cosines(candidates: Tensor, queries: Tensor, excluded: Pairs) -> Iterator[Tensor]:
+    """Block after block of queries, their cosines with all candidates [q, N] in fp32; -inf where excluded.
+
+    Args:
+        candidates, queries, excluded: see `nearest`.
+    """
+    step = max(1, _BLOCK // len(candidates))
+    for start in range(0, len(queries), step):
+        block, own = queries[start : start + step], excluded.of(start, start + step)
+        cosines = torch.empty(len(block), len(candidates))  # [q, N]
+        for first in range(0, len(candidates), _CONVERTED):
+            part = candidates[first : first + _CONVERTED].double()  # [n, width]
+            cosines[:, first : first + len(part)] = block @ part.T
+        cosines[own.rows, own.columns] = -torch.inf
+        yield cosines
 
 
-def _product(queries: Tensor, candidates: Tensor, out: Tensor) -> None:
-    """queries @ candidates.T in fp32, summed up from products of `_TERMS` columns."""
-    for start in range(0, queries.shape[1], _TERMS):
-        span = slice(start, start + _TERMS)
-        torch.addmm(out, queries[:, span], candidates[:, span].T, beta=int(start > 0), out=out)
-
-
-def _nearest_of(candidates: Tensor, queries: Tensor, pairs: Pairs, k: int) -> Neighbours:
-    """The k nearest among `pairs`, which may come in any order; 0 where a query has fewer than k."""
-    step = max(1, _PAIRS // candidates.shape[1])
-    similarity = torch.cat(
-        [
-            (queries[row] * candidates[column]).sum(dim=1).float()
-            for row, column in zip(pairs.rows.split(step), pairs.columns.split(step), strict=True)
-        ]
-    )
-    order = pairs.columns.argsort()
-    order = order[similarity[order].argsort(descending=True, stable=True)]
-    order = order[pairs.rows[order].argsort(stable=True)]
-    row = pairs.rows[order]
-    rank = torch.arange(len(row)) - torch.searchsorted(row, row)
-    order, row, rank = order[rank < k], row[rank < k], rank[rank < k]
-    found = Neighbours(torch.zeros(len(queries), k, dtype=torch.long), torch.zeros(len(queries), k))
-    found.positions[row, rank], found.similarity[row, rank] = pairs.columns[order], similarity[order]
-    return found
-
-
-def _in_double(candidates: Tensor, queries: Tensor, excluded: Pairs, k: int) -> Neighbours:
-    """`nearest` without a short cut."""
-    similarity = torch.full((len(queries), k), -torch.inf)
-    positions = torch.zeros(len(queries), k, dtype=torch.long)
-    for start in range(0, len(candidates), _CANDIDATES):
-        part = candidates[start : start + _CANDIDATES]
-        tile = (queries @ part.double().T).float()
-        here = (excluded.columns >= start) & (excluded.columns < start + len(part))
-        tile[excluded.rows[here], excluded.columns[here] - start] = -torch.inf
-        both = torch.cat([similarity, tile], dim=1)
-        places = torch.cat([positions, torch.arange(start, start + len(part)).expand(len(queries), -1)], dim=1)
-        for rank in range(k):  # k maxima cost less than a sort; of equal ones max gives the first, as ties are to go
-            best, at = both.max(dim=1, keepdim=True)
-            similarity[:, rank : rank + 1], positions[:, rank : rank + 1] = best, places.gather(1, at)
-            both.scatter_(1, at, -torch.inf)
-    return Neighbours(positions, similarity)
+def first_largest(scores: Tensor, k: int) -> Neighbours:
+    """The k largest of each row of `scores` [q, N], of equal ones the first; `scores` is overwritten."""
+    similarity, positions = [], []
+    for _ in range(k):  # k maxima cost less than a sort; of equal ones max gives the first, which topk does not promise
+        best, place = scores.max(dim=1, keepdim=True)  # [q, 1]
+        similarity.append(best)
+        positions.append(place)
+        scores.scatter_(1, place, -torch.inf)
+    return Neighbours(torch.cat(positions, dim=1), torch.cat(similarity, dim=1))
 
 
 def nearly_nearest(candidates: Tensor, queries: Tensor, excluded: Pairs, k: int) -> Neighbours:
-    """What FAISS's HNSW graph (Malkov and Yashunin, 2018) finds: k near candidates of each query, mostly the nearest.
+    """k near candidates of each query, mostly the nearest: FAISS's HNSW graph (Malkov and Yashunin, 2018).
 
-    The graph knows nothing of exclusions, so as many more are asked for as a query has; where fewer than k are left,
-    the query is searched exactly. Cosines are those of `nearest`. With several threads the graph, and so what is
-    found, may vary from run to run.
+    The graph cannot exclude candidates, so it is asked for as many more as a query has excluded ones; a query that is
+    left with fewer than k is searched exactly. Cosines and ties are those of `nearest`. With more than one thread the
+    graph, and so the result, may vary from run to run.
 
     Args:
         candidates, queries, excluded, k: see `nearest`.
@@ -174,25 +104,35 @@ def nearly_nearest(candidates: Tensor, queries: Tensor, excluded: Pairs, k: int)
     graph = hnsw(candidates.shape[1])
     load_faiss().omp_set_num_threads(torch.get_num_threads())
     graph.add(candidates.numpy())
-    shut_out = excluded.rows.bincount(minlength=len(queries))
+    own = excluded.rows.bincount(minlength=len(queries))  # [Q]: how many candidates each query excludes
     result = Neighbours(torch.zeros(len(queries), k, dtype=torch.long), torch.zeros(len(queries), k))
-    for chosen in shut_out.argsort(stable=True).split(_QUERIES):  # like numbers together, so that few ask for many
-        chosen = chosen.sort().values
-        more = k + int(shut_out[chosen].max())
-        graph.hnsw.efSearch = max(_FOLLOW, more)
-        _, labels = graph.search(queries[chosen].float().numpy(), min(more, len(candidates)))
-        columns = torch.from_numpy(labels)
-        rows = torch.arange(len(chosen))[:, None].expand_as(columns)
-        own = excluded.among(chosen)
-        allowed = (columns >= 0) & ~torch.isin(
-            rows * len(candidates) + columns, own.rows * len(candidates) + own.columns
-        )
-        some = _nearest_of(candidates, queries[chosen], Pairs(rows[allowed], columns[allowed]), k)
-        result.positions[chosen], result.similarity[chosen] = some
+    for chosen in own.argsort(stable=True).split(_ASKED):  # similar numbers together, so that few ask for many
+        chosen = chosen.sort().values  # [q]
+        asked = min(k + int(own[chosen].max()), len(candidates))
+        graph.hnsw.efSearch = max(_FOLLOW, asked)
+        _, labels = graph.search(queries[chosen].float().numpy(), asked)
+        columns = torch.from_numpy(labels).sort(dim=1).values  # [q, asked], -1 where the graph gave fewer
+        allowed = (columns >= 0) & ~_contains(excluded.among(chosen), columns, len(candidates))
+        cosines = _cosines(candidates, queries[chosen], columns.clamp(min=0)).masked_fill(~allowed, -torch.inf)
+        best = first_largest(cosines, k)
+        result.positions[chosen], result.similarity[chosen] = columns.gather(1, best.positions), best.similarity
         if (short := chosen[allowed.sum(dim=1) < k]).numel():
-            exactly = nearest(candidates, queries[short], excluded.among(short), k)
-            result.positions[short], result.similarity[short] = exactly
+            exact = nearest(candidates, queries[short], excluded.among(short), k)
+            result.positions[short], result.similarity[short] = exact
     return result
+
+
+def _contains(pairs: Pairs, columns: Tensor, candidates: int) -> Tensor:
+    """Whether query i and candidate `columns[i, j]` are one of the pairs, [q, m]."""
+    rows = torch.arange(len(columns))[:, None]
+    return torch.isin(rows * candidates + columns, pairs.rows * candidates + pairs.columns)
+
+
+def _cosines(candidates: Tensor, queries: Tensor, columns: Tensor) -> Tensor:
+    """Of each query [q, width] with its own candidates at `columns` [q, m]: [q, m] in fp32."""
+    step = max(1, _NUMBERS // (columns.shape[1] * queries.shape[1]))
+    parts = zip(queries.split(step), columns.split(step), strict=True)
+    return torch.cat([(candidates[place].double() @ query[:, :, None])[..., 0].float() for query, place in parts])
 
 
 def hnsw(width: int) -> Any:

@@ -24,7 +24,7 @@ from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm
 from elmd.models.memory import needs_checkpointing
 from elmd.models.sharding import shard, sharding
-from elmd.retrieval.index import load_demonstrations
+from elmd.retrieval.demonstrations import DEMONSTRATIONS, load_demonstrations
 from elmd.stages.base import Job, checkpoint_path
 from elmd.training.tokens import TokenTask
 from elmd.types import Demonstration, Sample, Utterance
@@ -109,7 +109,7 @@ class Parts:
 def load_parts(cfg: Config, job: Job) -> Parts:
     """Read it all from the upstream artifacts."""
     samples = load_samples(job.upstream["prepare"] / "samples.jsonl")
-    demonstrations = load_demonstrations(job.upstream["index"] / "demonstrations.jsonl") if cfg.retrieves else {}
+    demonstrations = load_demonstrations(job.upstream["index"] / DEMONSTRATIONS) if cfg.retrieves else {}
     features: Features = no_features
     width = 0
     if cfg.sees_video:
