@@ -25,7 +25,8 @@ from benchmarks.ways import small_llm
 from elmd.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.data.collate import Batch
 from elmd.data.encode import Encoded
-from elmd.models.decode import greedy, nucleus, over, stream
+from elmd.models.batched import map_samples
+from elmd.models.decode import generate_batch, greedy, nucleus, stream
 from elmd.models.elmd import Elmd
 from elmd.models.llm import freeze
 
@@ -119,13 +120,15 @@ def ours(llm: Any, asked: Asked, budget: int, seeds: Sequence[int] = ()) -> list
         streams = [stream(seed, asked.samples[i].id) for i in positions for seed in seeds]
         choose = nucleus(streams, TOP_P, TEMPERATURE, most) if seeds else greedy
         ends = asked.ends[positions].repeat_interleave(copies)
-        new = model.generate(
-            batch, lambda logits, step, rows: choose(ended(logits, ends[rows], step), step, rows),
+        new = generate_batch(
+            model, batch, lambda logits, step, rows: choose(ended(logits, ends[rows], step), step, rows),
             eos=EOS, max_new_tokens=most, copies=copies,
         )  # fmt: skip
         return [new[i : i + copies] for i in range(0, len(new), copies)]
 
-    found = over(asked, budget // copies, Accelerator(cpu=True), "", run, passes=most)  # as the product's `generate`
+    found = map_samples(
+        asked, budget // copies, Accelerator(cpu=True), "", run, passes=most
+    )  # as the product's `generate`
     return [ids for several in found for ids in several]
 
 

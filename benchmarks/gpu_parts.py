@@ -35,7 +35,8 @@ from benchmarks.ways import (
     tried,
 )
 from elmd.data.collate import Batch
-from elmd.models.decode import nucleus, over, stream
+from elmd.models.batched import map_samples
+from elmd.models.decode import generate_batch, nucleus, stream
 from elmd.models.elmd import Elmd
 
 #: Seconds of a piece of work, the device's own included.
@@ -308,7 +309,7 @@ def decode(llm: Any, scale: Scale, clock: Clock, bandwidth: float | None) -> Ite
         batch = prompts(samples, range(rows)).to(llm.device)
 
         def write(count: int) -> None:
-            model.generate(batch, unending, eos=END, max_new_tokens=count)
+            generate_batch(model, batch, unending, eos=END, max_new_tokens=count)
 
         write(4)
         seconds = [clock(lambda: write(NEW_TOKENS)) - clock(lambda: write(1)) for _ in range(3)]
@@ -402,10 +403,10 @@ def _replies(model: Elmd, asked: Samples, clock: Clock) -> dict[str, Any]:
             logits[:, END] = -torch.inf  # random weights end at random
             return torch.where(ending[rows] <= step, END, likely(logits, step, rows))
 
-        return model.generate(batch, choose, eos=END, max_new_tokens=LONGEST_REPLY)
+        return generate_batch(model, batch, choose, eos=END, max_new_tokens=LONGEST_REPLY)
 
     new: list[list[int]] = []
-    seconds = clock(lambda: new.extend(over(asked, BATCH_TOKENS, accelerator, "", run, passes=LONGEST_REPLY)))
+    seconds = clock(lambda: new.extend(map_samples(asked, BATCH_TOKENS, accelerator, "", run, passes=LONGEST_REPLY)))
     return {"seconds": seconds, "tokens": sum(map(len, new))}
 
 

@@ -28,7 +28,7 @@ from elmd.data.encode import Encoder
 from elmd.data.examples import Examples
 from elmd.data.prompts import Prompt
 from elmd.models.adapter import Lora, Prefix
-from elmd.models.decode import generate
+from elmd.models.decode import generate_all
 from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm
 from elmd.models.projector import Projector
@@ -143,7 +143,7 @@ with messages:
         messages.where = "generation"
         to_answer = Examples(samples[:23], encoder, demonstrations, visual.get, "eerg", with_target=False)
         # Mostly one row a batch, and a likely token in the place of EOS: some batches end long before others.
-        ids = generate(
+        ids = generate_all(
             model, to_answer, 120, accelerator, eos=8, max_new_tokens=20, top_p=0.9, temperature=1.0, seeds=[1]
         )  # fmt: skip
         told = {

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 
 from conftest import LINES, ROOT, make_samples
-from elmd.baselines.base import Baseline, Rows, TextBatch, Vocabulary, fit, generate
+from elmd.baselines.base import Baseline, Rows, TextBatch, Vocabulary, fit, generate_all
 from elmd.baselines.dialogpt import DialoGPT
 from elmd.baselines.livebot import Livebot, Shape
 from elmd.cli import compose
@@ -121,12 +121,12 @@ def test_eight_samples_are_learnt_by_heart_and_said_back(create: Create, tmp_pat
 
     asked = rows(model, with_reply=False)
     how = {"max_new_tokens": MOST, "top_p": 0.7, "temperature": 0, "seed": 0}
-    ids = generate(model, asked, 100, accelerator, **how)
+    ids = generate_all(model, asked, 100, accelerator, **how)
     assert [VOCABULARY.decode(row) for row in ids] == [sample.response.text for sample in SAMPLES]
 
     model.save(tmp_path / "saved")
     again = type(model).load(tmp_path / "saved")
-    assert generate(again, asked, 100, accelerator, **how) == ids
+    assert generate_all(again, asked, 100, accelerator, **how) == ids
     assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "saved").iterdir()}
 
 
@@ -278,7 +278,7 @@ def test_replies_equal_those_of_a_slow_loop_and_do_not_depend_on_the_batch(creat
     asked, accelerator, most = rows(model, few, with_reply=False), Accelerator(cpu=True), 8
     for temperature in (0.0, 0.95):
         how = {"max_new_tokens": most, "top_p": 0.7, "temperature": temperature, "seed": 3}
-        together, one_by_one = (generate(model, asked, budget, accelerator, **how) for budget in (10_000, 1))
+        together, one_by_one = (generate_all(model, asked, budget, accelerator, **how) for budget in (10_000, 1))
         assert together == one_by_one
         for i, sample in enumerate(few):
             choose = greedy if temperature == 0 else nucleus([stream(3, sample.id)], 0.7, temperature, most)
@@ -293,7 +293,7 @@ def test_replies_equal_those_of_a_slow_loop_and_do_not_depend_on_the_batch(creat
                 ids.append(token)
             assert together[i] == ids
     assert len({tuple(ids) for ids in together}) > 1
-    assert generate(model, asked, 10_000, accelerator, **{**how, "seed": 4}) != together
+    assert generate_all(model, asked, 10_000, accelerator, **{**how, "seed": 4}) != together
 
 
 @MODELS
@@ -313,7 +313,7 @@ def test_control_tokens_are_never_written(create: Create) -> None:
         return logits
 
     model.begin = wants_unknown  # type: ignore[method-assign]
-    ids = generate(model, made, 10_000, Accelerator(cpu=True), max_new_tokens=4, top_p=0.7, temperature=1.0, seed=0)
+    ids = generate_all(model, made, 10_000, Accelerator(cpu=True), max_new_tokens=4, top_p=0.7, temperature=1.0, seed=0)
     assert ids
     assert not {i for row in ids for i in row} & {*VOCABULARY.never_written, VOCABULARY.end}
 

@@ -123,21 +123,20 @@ def test_replies_are_those_of_generation_by_default_and_as_long_as_their_targets
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from benchmarks import gpu_parts
-    from elmd.models.elmd import Elmd
 
     found: list[list[int]] = []
-    plain = Elmd.generate
+    plain = gpu_parts.generate_batch
 
-    def generate(self: Any, batch: Any, *args: Any, **others: Any) -> list[list[int]]:
-        assert self.adapter is not None
+    def generate(model: Any, batch: Any, *args: Any, **others: Any) -> list[list[int]]:
+        assert model.adapter is not None
         assert batch.slots.sum() == 40 * len(batch.ids)
-        new = plain(self, batch, *args, **others)
+        new = plain(model, batch, *args, **others)
         found.extend(new)
         return new
 
     one = task(bench, "eerg")
     targets = sorted(len(row.target) - 1 for row in one.samples.rows)
-    monkeypatch.setattr(Elmd, "generate", generate)
+    monkeypatch.setattr(gpu_parts, "generate_batch", generate)
     told = gpu_parts._replies(one.model, one.samples, lambda work: work() or 1.0)
     assert sorted(map(len, found)) == targets
     assert told == {"seconds": 1.0, "tokens": sum(targets)}
@@ -321,7 +320,7 @@ def test_what_does_not_fit_is_told_in_every_part(bench: ModuleType, monkeypatch:
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(bench.Task, "gradient", full)
-    monkeypatch.setattr("benchmarks.gpu_parts.Elmd.generate", full)
+    monkeypatch.setattr("benchmarks.gpu_parts.generate_batch", full)
     monkeypatch.setattr(bench, "features", full)
     monkeypatch.setattr("benchmarks.gpu_parts.trl_is_here", lambda: False)
     monkeypatch.setattr(bench, "version", lambda library: "not installed")

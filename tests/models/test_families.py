@@ -17,7 +17,7 @@ from elmd.data.examples import Examples
 from elmd.data.prompts import SLOTS, Prompt
 from elmd.errors import CheckpointError
 from elmd.models.adapter import FixedLayer, Lora, Prefix, load_adapter
-from elmd.models.decode import generate
+from elmd.models.decode import generate_all
 from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm
 from elmd.models.projector import Projector
@@ -117,7 +117,7 @@ def test_loss_and_gradients_equal_the_slow_ones(folder: Path, adapter: str) -> N
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_greedy_ids_equal_recomputing_each_token(folder: Path, adapter: str) -> None:
     model, asked = build(folder, adapter, with_target=False)
-    found = generate(
+    found = generate_all(
         model, asked, 10_000, Accelerator(cpu=True), eos=0, max_new_tokens=8, top_p=1.0, temperature=0, seeds=[0]
     )
     with torch.no_grad():

@@ -17,7 +17,7 @@ from chatglm2_reference import logits as reference
 from conftest import GOLDEN_FILES
 from elmd.convert.chatglm2 import CHATGLM2_6B, convert_chatglm2, native_config, translator, wanted_shapes
 from elmd.data.collate import IGNORED, Batch, places
-from elmd.models.decode import greedy
+from elmd.models.decode import generate_batch, greedy
 from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm
 
@@ -130,7 +130,7 @@ def test_greedy_ids(llm: PreTrainedModel, elmd: Elmd, golden: dict[str, Tensor],
     ):
         sequences = golden[f"{name}{case}.sequences"][:, 14:].tolist()
         expected = [row[: row.index(2)] if 2 in row else row for row in sequences]
-        assert model.generate(prompt, greedy, eos=2, max_new_tokens=16) == expected
+        assert generate_batch(model, prompt, greedy, eos=2, max_new_tokens=16) == expected
 
 
 def test_prefix_through_a_network(golden: dict[str, Tensor], tmp_path: Path) -> None:

@@ -35,10 +35,12 @@ from elmd.data.examples import Examples, shuffled
 from elmd.data.prompts import SLOTS, Prompt
 from elmd.errors import CheckpointError, ConfigError
 from elmd.labels import EMOTIONS, WORDS, Emotion
+from elmd.models import prefill
 from elmd.models.adapter import Prefix
-from elmd.models.decode import generate, greedy, nucleus, predict_emotions
-from elmd.models.elmd import Elmd, Read
+from elmd.models.decode import generate_all, generate_batch, greedy, nucleus, predict_emotions
+from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm
+from elmd.models.prefill import Prefill, read_prompt, read_text, run_opening
 from elmd.models.projector import Projector
 from elmd.training import checkpoint
 from elmd.training.loop import Plan, fit
@@ -214,10 +216,10 @@ def test_typed_control_strings_stay_text(llm, encoder) -> None:
 def test_generation_does_not_depend_on_the_batch(llm, encoder, temperature: float) -> None:
     model, data = build(llm), examples(encoder, with_target=False)
     kwargs = {"eos": 2, "max_new_tokens": 12, "top_p": 0.7, "temperature": temperature}
-    together = generate(model, data, 10_000, Accelerator(cpu=True), seeds=[3, 4], **kwargs)
+    together = generate_all(model, data, 10_000, Accelerator(cpu=True), seeds=[3, 4], **kwargs)
     assert len({tuple(ids) for ids, _ in together}) > 3
     for position, seed in enumerate((3, 4)):
-        alone = generate(model, data, 1, Accelerator(cpu=True), seeds=[seed], **kwargs)
+        alone = generate_all(model, data, 1, Accelerator(cpu=True), seeds=[seed], **kwargs)
         assert [several[position] for several in together] == [several[0] for several in alone]
     assert ([a for a, _ in together] == [b for _, b in together]) == (temperature == 0)
 
@@ -235,7 +237,7 @@ def test_rows_that_have_ended_leave_and_change_nothing(llm, encoder, monkeypatch
 
     def replies(rows: Batch, names: list[str], copies: int = 1) -> list[list[int]]:
         choose = nucleus(names, 0.95, 3.0, 30)
-        return model.generate(rows, lambda *args: choose(*args) % 4, eos=3, max_new_tokens=30, copies=copies)
+        return generate_batch(model, rows, lambda *args: choose(*args) % 4, eos=3, max_new_tokens=30, copies=copies)
 
     monkeypatch.setattr(llm[0], "forward", watched)
     together = replies(batch, streams, copies=2)
@@ -256,9 +258,9 @@ def test_what_rows_begin_with_is_read_once(llm, encoder, monkeypatch: pytest.Mon
         return run(*args, **kwargs)
 
     monkeypatch.setattr(llm[0], "forward", watched)
-    shared, (cache, mask) = model._read(batch, model.embed(batch))
-    monkeypatch.setattr("elmd.models.elmd.is_sharded", lambda _: True)
-    plain, (whole, _) = model._read(batch, model.embed(batch))
+    shared, (cache, mask) = read_prompt(model, batch, model.embed(batch))
+    monkeypatch.setattr("elmd.models.prefill.is_sharded", lambda _: True)
+    plain, (whole, _) = read_prompt(model, batch, model.embed(batch))
     assert sum(tokens[:2]) < 0.9 * tokens[2] == 0.9 * batch.ids.numel()
     assert len(tokens) == 3
     assert torch.allclose(shared, plain, atol=1e-4)
@@ -300,8 +302,8 @@ def test_reading_stops_at_the_last_keys_and_changes_nothing(
 
         module.register_forward_hook(seen)
 
-    def step() -> tuple[Read, list[Tensor]]:
-        read = model.read(batch)
+    def step() -> tuple[Prefill, list[Tensor]]:
+        read = read_text(model, batch)
         assert type(read.past).update is read.past.update.__func__, "nothing is left behind"
         model.zero_grad()
         loss = model.loss(batch).sum()
@@ -313,9 +315,9 @@ def test_reading_stops_at_the_last_keys_and_changes_nothing(
     count("output layer", llm.get_output_embeddings())
     read, found = step()
     assert set(whole.values()) == {1}, "of the columns with gradient only"
-    monkeypatch.setattr(Elmd, "_fill", lambda self, *columns: self._run(*columns, keep=1))
+    monkeypatch.setattr(prefill, "_fill", lambda model, *columns: model.run(*columns, keep=1))
     plain, wanted = step()
-    assert set(whole.values()) == {6 if shared and model.bears_holes else 4}
+    assert set(whole.values()) == {6 if shared and model.allows_gaps else 4}
     assert torch.equal(read.mask, plain.mask)
     for one, other in zip(read.past.layers, plain.past.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
@@ -353,7 +355,7 @@ def test_models_that_count_columns_get_no_holes(config: PretrainedConfig) -> Non
         model, {}, cast(Examples, data), Accelerator(cpu=True), batch_size=3, micro_tokens=400, seed=0, evaluate=dict,
     )  # fmt: skip
     assert task.before is None, "all tokens run with gradient"
-    assert model._opening is None
+    assert model.opening is None
     found = sum(loss.item() for loss, _ in task.losses([0, 1, 2], 0, 1))
     wanted = [slow_loss(model, row, one) for row, one in zip(rows, visual, strict=True)]
     assert found == pytest.approx(sum(wanted).item(), rel=1e-5)
@@ -362,7 +364,7 @@ def test_models_that_count_columns_get_no_holes(config: PretrainedConfig) -> Non
     asked = [Encoded(row.before, row.slots, row.after, []) for row in rows]
     batch = collate(asked, visual)
     assert batch.shared is not None
-    written = model.generate(batch, lambda logits, *_: logits.argmax(-1), eos=99, max_new_tokens=6)
+    written = generate_batch(model, batch, lambda logits, *_: logits.argmax(-1), eos=99, max_new_tokens=6)
     assert written == [slow_reply(model, row, one, 99, 6) for row, one in zip(asked, visual, strict=True)]
 
 
@@ -370,10 +372,10 @@ def test_ranks_that_share_the_model_out_read_to_the_end(llm, encoder, monkeypatc
     batch, ends = examples(encoder, "rep", samples=SEEN).batch([0, 1, 2], split=True), []
     hook = llm[0].get_output_embeddings().register_forward_hook(lambda *_: ends.append(1))
     try:
-        build(llm, prefix=0).read(batch)
+        read_text(build(llm, prefix=0), batch)
         assert not ends
-        monkeypatch.setattr("elmd.models.elmd.is_sharded", lambda _: True)
-        build(llm, prefix=0).read(batch)
+        monkeypatch.setattr("elmd.models.prefill.is_sharded", lambda _: True)
+        read_text(build(llm, prefix=0), batch)
         assert len(ends) == 1
     finally:
         hook.remove()
@@ -383,7 +385,7 @@ def test_errors_while_reading_come_through(llm, encoder, monkeypatch: pytest.Mon
     model, batch = build(llm, prefix=0), examples(encoder, "rep", samples=SEEN).batch([0, 1], split=True)
     monkeypatch.setattr(llm[0].get_decoder().layers[0].mlp, "forward", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model.read(batch)
+        read_text(model, batch)
 
 
 def test_an_opening_is_run_once_and_changes_nothing(llm, encoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,15 +394,15 @@ def test_an_opening_is_run_once_and_changes_nothing(llm, encoder, monkeypatch: p
     assert all(batch.shared is not None and len(batch.shared.firsts) == 1 for batch in batches)
     wanted = [model.loss(batch) for batch in batches]
     fills: list[int] = []
-    fill = Elmd._fill
+    fill = prefill._fill
 
-    def counted(self: Elmd, embeddings: Tensor, *others: Any) -> None:
+    def counted(model: Elmd, embeddings: Tensor, *others: Any) -> None:
         fills.append(embeddings.shape[:2].numel())
-        fill(self, embeddings, *others)
+        fill(model, embeddings, *others)
 
-    monkeypatch.setattr(Elmd, "_fill", counted)
+    monkeypatch.setattr(prefill, "_fill", counted)
     TokenTask(model, {}, data, Accelerator(cpu=True), batch_size=4, micro_tokens=400, seed=0, evaluate=dict)
-    opening = model._opening
+    opening = model.opening
     assert fills == [len(opening.ids)]
     assert all(tuple(row.before[: len(opening.ids)]) == opening.ids for row in data.rows)
     assert len({row.before[len(opening.ids)] for row in data.rows}) > 1, "and no longer"
@@ -408,12 +410,12 @@ def test_an_opening_is_run_once_and_changes_nothing(llm, encoder, monkeypatch: p
     for batch, losses in zip(batches, wanted, strict=True):
         torch.testing.assert_close(model.loss(batch), losses, rtol=1e-5, atol=1e-5)
     assert len(fills) == len(batches), "only what follows the opening"
-    assert model._opening is opening
+    assert model.opening is opening
 
 
 def test_rows_that_begin_otherwise_do_without_the_opening(llm) -> None:
     model = build(llm, prefix=0)
-    model.open([5] * 20)
+    model.opening = run_opening(model, [5] * 20)
     for first, count in ((5, 20), (6, 20), (5, 30), (5, 12)):
         rows = [Encoded([first] * count + [7 + i, 8 + i], 3, [9], [4, 2]) for i in range(3)]
         batch = collate(rows, [torch.randn(3, 6)] * 3, split=True)
@@ -474,7 +476,7 @@ def test_shared_beginning_leaves_the_fewest_tokens() -> None:
 def test_generation_equals_recomputing_each_token(llm, encoder) -> None:
     model, data = build(llm), examples(encoder, with_target=False)
     for i in (0, 3, 5):
-        fast = model.generate(data.batch([i]), greedy, eos=2, max_new_tokens=8)[0]
+        fast = generate_batch(model, data.batch([i]), greedy, eos=2, max_new_tokens=8)[0]
         assert fast == slow_reply(model, data.rows[i], VISUAL[SAMPLES[i].id], 2, 8)
 
 
@@ -514,7 +516,7 @@ def test_scores_equal_losses_of_the_words(llm, encoder) -> None:
     words = [[*encoder.text(word), 2] for word in WORDS.values()]
     assert len({len(word) for word in words}) > 1 or len(words[0]) > 2, "words of several tokens"
     data = examples(encoder, "rep", with_target=False)
-    scores = model.score(data.batch([0, 2, 3, 5]), words)
+    scores = model.log_probs(data.batch([0, 2, 3, 5]), words)
     for row, i in enumerate((0, 2, 3, 5)):
         for column, word in enumerate(words):
             full = Encoded(data.rows[i].before, data.rows[i].slots, data.rows[i].after, word)

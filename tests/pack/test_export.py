@@ -150,13 +150,13 @@ def full(runs: Callable[[str], tuple[Path, Config]], tmp_path: Path) -> Path:
 def spied(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[list[list[int]]]:
     """The ids of every later call of `generate` in a module."""
     seen: list[list[list[int]]] = []
-    true = module.generate
+    true = module.generate_all
 
     def generate(*args: Any, **settings: Any) -> Any:
         seen.append(true(*args, **settings))
         return seen[-1]
 
-    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(module, "generate_all", generate)
     return seen
 
 

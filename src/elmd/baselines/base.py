@@ -28,8 +28,8 @@ from elmd.data.examples import Features, no_features
 from elmd.engine.files import write_text
 from elmd.errors import CheckpointError
 from elmd.log import logger
-from elmd.models.decode import greedy, nucleus, over, stream
-from elmd.models.elmd import Choose
+from elmd.models.batched import map_samples
+from elmd.models.decode import Choose, greedy, nucleus, stream
 from elmd.training import loop
 from elmd.training.loop import Plan, Progress
 from elmd.training.tokens import PackedTask, token_loss
@@ -322,7 +322,7 @@ def fit(
     return loop.fit(task, plan, folder, accelerator, what)
 
 
-def generate(
+def generate_all(
     model: Baseline,
     rows: Rows,
     budget: int,
@@ -333,7 +333,7 @@ def generate(
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
-    """New ids for each sample, without [SEP], decoded as ELMD's are (see `elmd.models.decode.generate`).
+    """New ids for each sample, without [SEP], decoded as ELMD's are (see `elmd.models.decode.generate_all`).
 
     Args:
         budget: tokens of context per batch, padding included.
@@ -343,13 +343,13 @@ def generate(
     def run(batch: TextBatch, positions: list[int]) -> list[list[int]]:
         streams = [stream(seed, rows.samples[i].id) for i in positions]
         choose = nucleus(streams, top_p, temperature, max_new_tokens) if temperature else greedy
-        return write(model, batch, choose, rows.vocabulary, max_new_tokens=max_new_tokens)
+        return generate_batch(model, batch, choose, rows.vocabulary, max_new_tokens=max_new_tokens)
 
-    return over(rows, budget, accelerator, f"generate (seed {seed})", run, passes=max_new_tokens)
+    return map_samples(rows, budget, accelerator, f"generate (seed {seed})", run, passes=max_new_tokens)
 
 
 @torch.no_grad()
-def write(
+def generate_batch(
     model: Baseline, batch: TextBatch, choose: Choose, vocabulary: Vocabulary, *, max_new_tokens: int
 ) -> list[list[int]]:
     """New ids of each row, without [SEP]; rows that have ended are not run any further."""

@@ -1,89 +1,34 @@
-"""Run a model over many samples: sorted by length, sharded over ranks, results gathered in the samples' own order."""
+"""Write replies: ELMD's generation loop, nucleus sampling with random numbers of each row's own, emotions by name.
+
+Shapes: B rows of a batch, R rows that still run.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from elmd.data.collate import Batch, bin_pack
+from elmd.data.collate import Batch
 from elmd.data.examples import Examples
-from elmd.log import progress
-from elmd.models.elmd import Choose, Elmd
-from elmd.models.sharding import in_step, pass_cost, sharding
+from elmd.models.batched import map_samples
+from elmd.models.elmd import Elmd
+from elmd.models.prefill import read_prompt
+from elmd.models.sharding import anywhere
 
-R = TypeVar("R")
+#: Chooses the next token of the rows that still run: (logits [R, vocabulary], step, their places in the batch [R])
+#: -> ids [R].
+Choose = Callable[[Tensor, int, Tensor], Tensor]
 
 #: So many tokens nearly always hold the nucleus: sorting them instead of a vocabulary of 65 024 is what makes it fast.
 LIKELY = 1024
 
 
-class Movable(Protocol):
-    """A batch of tensors."""
-
-    def to(self, device: torch.device) -> Self: ...
-
-
-M = TypeVar("M", bound=Movable, covariant=True)
-
-
-class Packable(Protocol[M]):
-    """Samples of known length that are batched on demand: ELMD's `Examples`, a baseline's `Rows`."""
-
-    @property
-    def lengths(self) -> Sequence[int]: ...
-
-    def __len__(self) -> int: ...
-
-    def batch(self, positions: Sequence[int]) -> M: ...
-
-
-def over(
-    examples: Packable[M],
-    budget: int,
-    accelerator: Accelerator,
-    what: str,
-    function: Callable[[M, list[int]], Sequence[R]],
-    *,
-    passes: int = 1,
-) -> list[R]:
-    """`function(batch, positions)` for every sample once; one result per sample, in order, on every rank.
-
-    Args:
-        budget: tokens per batch, padding included, new ones not. The longest run first.
-        passes: of the language model that a batch takes: one and, when generating, another for each new token.
-    """
-    order = sorted(range(len(examples)), key=lambda i: (-examples.lengths[i], i))
-    groups = bin_pack(examples.lengths, order, budget, cost=passes * pass_cost(accelerator))
-    world = accelerator.num_processes
-    shares = [groups[rank::world] for rank in range(world)]
-    todo = in_step(shares, accelerator.process_index, level=sharding(accelerator))
-    found: list[tuple[int, R]] = []
-    for positions, counts in progress(todo, what, unit="batch"):
-        batch = examples.batch(positions).to(accelerator.device)
-        results = function(batch, positions)
-        if counts:
-            found.extend(zip(positions, results, strict=True))
-    if world > 1:
-        found = gather_object(found)
-    return [result for _, result in sorted(found, key=lambda pair: pair[0])]
-
-
-def predict_emotions(
-    model: Elmd, examples: Examples, words: Sequence[Sequence[int]], budget: int, accelerator: Accelerator, what: str
-) -> list[int]:
-    """Position in `words` (ids with EOS) of the likeliest emotion word of each sample, by summed log-probability."""
-    model.eval()
-    return over(examples, budget, accelerator, what, lambda batch, _: model.score(batch, words).argmax(-1).tolist())
-
-
-def generate(
+def generate_all(
     model: Elmd,
     examples: Examples,
     budget: int,
@@ -108,17 +53,61 @@ def generate(
     def run(batch: Batch, positions: list[int]) -> list[list[list[int]]]:
         streams = [stream(seed, examples.samples[i].id) for i in positions for seed in seeds]
         choose = nucleus(streams, top_p, temperature, max_new_tokens) if temperature else greedy
-        new = model.generate(batch, choose, eos=eos, max_new_tokens=max_new_tokens, copies=copies)
+        new = generate_batch(model, batch, choose, eos=eos, max_new_tokens=max_new_tokens, copies=copies)
         return [new[i : i + copies] * (len(seeds) // copies) for i in range(0, len(new), copies)]
 
-    return over(
-        examples,
-        budget // copies,
-        accelerator,
-        f"generate (seeds {', '.join(map(str, seeds))})",
-        run,
-        passes=max_new_tokens,
-    )
+    what = f"generate (seeds {', '.join(map(str, seeds))})"
+    return map_samples(examples, budget // copies, accelerator, what, run, passes=max_new_tokens)
+
+
+@torch.no_grad()
+def generate_batch(
+    model: Elmd, batch: Batch, choose: Choose, *, eos: int, max_new_tokens: int, copies: int = 1
+) -> list[list[int]]:
+    """New ids of each row, without EOS.
+
+    Our own loop, because transformers' `generate` with `inputs_embeds` and a prefix cache returns silently wrong
+    tokens unless dummy rows stand before the embeddings, and because rows are to draw independently of the batch
+    they are in (see `nucleus`). The prompt is read once for all copies of a row, and rows that have ended leave.
+
+    Args:
+        copies: how many replies to each row; row i's are i * copies and those after it.
+    """
+    logits, (past, mask) = read_prompt(model, batch, model.embed(batch), model.opening)  # [B, vocabulary]
+    position = batch.positions[:, -1:]  # [B, 1]
+    if copies > 1:
+        past.batch_repeat_interleave(copies)
+        logits, mask, position = (x.repeat_interleave(copies, 0) for x in (logits, mask, position))
+    rows = torch.arange(len(logits), device=logits.device)  # [R], places of those that still run
+    new = torch.full((len(rows), max_new_tokens), eos, device=logits.device)
+    running = torch.ones_like(rows, dtype=torch.bool)  # [R]
+    for step in range(max_new_tokens):
+        chosen = torch.where(running, choose(logits, step, rows), eos)  # [R]
+        new[rows, step] = chosen
+        running = chosen != eos
+        left = int(running.sum())
+        if step + 1 == max_new_tokens or not anywhere(left, model.llm):
+            break
+        # Leaving costs a copy of the cache, so the ended rows leave when they are half of all.
+        if 2 * left <= len(rows):
+            stay = running.nonzero().squeeze(1) if left else running.new_zeros(1, dtype=torch.long)
+            past.batch_select_indices(stay)
+            rows, mask, position, chosen, running = (x[stay] for x in (rows, mask, position, chosen, running))
+        mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
+        logits = model.run(chosen.unsqueeze(1), mask, position, past).logits[:, -1].float()  # [R, vocabulary]
+    return [row[: row.index(eos)] if eos in row else row for row in new.tolist()]
+
+
+def predict_emotions(
+    model: Elmd, examples: Examples, words: Sequence[Sequence[int]], budget: int, accelerator: Accelerator, what: str
+) -> list[int]:
+    """Position in `words` (ids with EOS) of the likeliest emotion word of each sample, by summed log-probability."""
+    model.eval()
+
+    def run(batch: Batch, _: list[int]) -> list[int]:
+        return model.log_probs(batch, words).argmax(-1).tolist()
+
+    return map_samples(examples, budget, accelerator, what, run)
 
 
 def stream(seed: int, name: str) -> str:

@@ -130,7 +130,7 @@ def freeze(model: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def bears_holes(llm: PreTrainedModel) -> bool:
+def allows_gaps(llm: PreTrainedModel) -> bool:
     """Whether padding may stand in the middle of a row.
 
     Not where the model goes by columns instead of positions: it takes no positions, a layer looks back at so many

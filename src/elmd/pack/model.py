@@ -37,7 +37,7 @@ from elmd.errors import CheckpointError, ClipError, ConfigError, DataError, reas
 from elmd.labels import Emotion
 from elmd.log import logger
 from elmd.models import PROJECTOR
-from elmd.models.decode import generate
+from elmd.models.decode import generate_all
 from elmd.models.elmd import Elmd
 from elmd.models.llm import load_llm, open_llm
 from elmd.models.sharding import sharding
@@ -204,7 +204,7 @@ class Pack:
         features, lost = self._features(samples)
         task, decoding, tokenizer = task_of(self.cfg), self.cfg.generate, self.encoder.tokenizer
         examples = Examples(samples, self.encoder, shown, features, task, with_target=False)
-        ids = generate(
+        ids = generate_all(
             self.model, examples, decoding.batch_tokens, self.accelerator, eos=tokenizer.eos_token_id,
             max_new_tokens=decoding.max_new_tokens, top_p=decoding.top_p, temperature=decoding.temperature,
             seeds=[seed],

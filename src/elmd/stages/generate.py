@@ -14,7 +14,7 @@ from elmd.evaluation.jobs import PREDICTIONS
 from elmd.evaluation.score import Prediction, write_predictions
 from elmd.labels import Emotion
 from elmd.log import table
-from elmd.models.decode import generate
+from elmd.models.decode import generate_all
 from elmd.models.elmd import Elmd
 from elmd.stages import baseline
 from elmd.stages.base import Job, Outcome
@@ -106,7 +106,7 @@ def _elmd(cfg: Config, job: Job) -> Author:
     tokenizer, prompt = parts.encoder.tokenizer, parts.encoder.prompt
 
     def write(seeds: Sequence[int]) -> list[list[Reply]]:
-        ids = generate(
+        ids = generate_all(
             model,
             examples,
             cfg.generate.batch_tokens,
@@ -147,7 +147,7 @@ def _baseline(cfg: Config, job: Job) -> Author:
     rows = baseline.rows_for(cfg, model, vocabulary, video, width)(samples, with_reply=False)
 
     def write(seed: int) -> list[Reply]:
-        ids = baselines.generate(
+        ids = baselines.generate_all(
             model,
             rows,
             cfg.generate.batch_tokens,

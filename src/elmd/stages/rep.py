@@ -61,7 +61,7 @@ def run(cfg: Config, job: Job) -> Outcome:
         evaluate=evaluate,
     )
     free = sum(task.before or ())
-    if not model.bears_holes:
+    if not model.allows_gaps:
         logger.warning("this language model counts columns, so all tokens run with gradient (no causal split)")
     model.checkpointing = parts.checkpointing(cfg, task, steps)
     plan = Plan(

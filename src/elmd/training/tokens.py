@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from elmd.data.collate import Shape, bin_pack
 from elmd.data.examples import Examples
-from elmd.models.decode import Packable, over
+from elmd.models.batched import Batchable, map_samples
 from elmd.models.elmd import Elmd
+from elmd.models.prefill import run_opening
 from elmd.models.sharding import in_step, pass_cost, sharding
 from elmd.training.loop import Batch
 
@@ -31,7 +32,7 @@ class Writer(Protocol):
     def eval(self) -> Any: ...
 
 
-class Targets(Packable[Any], Protocol):
+class Targets(Batchable[Any], Protocol):
     """Samples with target tokens."""
 
     def targets(self, positions: Sequence[int]) -> int:
@@ -114,13 +115,14 @@ class TokenTask(PackedTask):
         **how: Any,
     ):
         before = after = None
-        if model.adapter is None and model.bears_holes:
+        if model.adapter is None and model.allows_gaps:
             before = [len(row.before) for row in examples.rows]
             # What runs with gradient costs twice as much as what does not, and is what is kept.
             after = [length - head for length, head in zip(examples.lengths, before, strict=True)]
             prompts = [row.before for row in examples.rows]
             pairs = zip(min(prompts), max(prompts), strict=False)  # what the first and the last share, all between do
-            model.open([one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)])
+            opening = [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+            model.opening = run_opening(model, opening)
         super().__init__(model, modules, examples, accelerator, before=before, by=after, **how)
 
     def micro_batch(self, positions: Sequence[int]) -> Any:
@@ -141,5 +143,5 @@ class TokenTask(PackedTask):
 def token_loss(model: Writer, examples: Targets, budget: int, accelerator: Accelerator, what: str) -> float:
     """Mean negative log-likelihood per target token over all `examples`."""
     model.eval()
-    losses = over(examples, budget, accelerator, what, lambda batch, _: model.loss(batch).tolist())
+    losses = map_samples(examples, budget, accelerator, what, lambda batch, _: model.loss(batch).tolist())
     return sum(losses) / examples.targets(range(len(examples)))
