@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Case, Unequal, Way
 from elmd.config import ErmConfig, RetrieverConfig
-from elmd.data.samples import pairs
+from elmd.data.pairs import pairs
 from elmd.retrieval.retriever import add_separation, encode
 from elmd.retrieval.search import Neighbours, Pairs, hnsw, nearest
 from elmd.stages.erm import Erm

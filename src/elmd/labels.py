@@ -19,6 +19,9 @@ class Emotion(StrEnum):
 
 EMOTIONS: tuple[Emotion, ...] = tuple(Emotion)
 
+#: Each emotion by its own name.
+BY_NAME: dict[str, Emotion] = {emotion.value: emotion for emotion in EMOTIONS}
+
 #: The Chinese word of each emotion, used in prompts and as the target of Response Emotion Prediction (eq. 10).
 WORDS: dict[Emotion, str] = {
     Emotion.HAPPY: "高兴",

@@ -341,7 +341,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "src: is not a folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: is missing"),
-    "config cut": (lambda f: _cut(f / "config.json"), "config.json: cannot be read"),
+    "config cut": (lambda f: _cut(f / "config.json"), "config.json: is not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: is not a JSON object"),
     "tokenizer a pointer": (
         lambda f: (f / "tokenizer.model").write_text(POINTER), "tokenizer.model: is not a SentencePiece model"

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from elmd.cli import compose, guard, run
+from elmd.data.readers import dataset
 from elmd.data.readers.cped import COLUMNS, read_cped
 from elmd.data.readers.jsonl import read_jsonl
 from elmd.data.readers.m3ed import read_m3ed
-from elmd.data.readers.source import Source
+from elmd.data.readers.source import ClipTemplate, Source
 from elmd.data.samples import prepare
 from elmd.errors import DataError, ElmdError
 from elmd.train import train
@@ -218,7 +219,7 @@ CASES: dict[str, tuple[Make, str]] = {
     ),
     "m3ed, show in two lists": (
         shows("test", "show2\n\nshow0\n"),
-        r"movie_list_test\.txt:3: show 'show0' stands also in movie_list_train\.txt:1; keep it in one list",
+        r"movie_list_test\.txt:3: show 'show0' is also in movie_list_train\.txt:1; keep it in one list",
     ),
     # CPED
     "cped, misspelt label": (
@@ -230,7 +231,7 @@ CASES: dict[str, tuple[Make, str]] = {
     "cped, blank id": (table("1_000_001", ""), r"cped\.csv:3: a blank TV_ID, Dialogue_ID or Utterance_ID"),
     "cped, id twice": (
         table("1_000_001", "1_000_000"),
-        r"cped\.csv:3: utterance '1_000_000' stands also at .*cped\.csv:2;",
+        r"cped\.csv:3: utterance '1_000_000' is also at .*cped\.csv:2;",
     ),
     "cped, dialogue in two shows": (
         table("\n1,1_000,1_000_001", "\n2,1_000,1_000_001"),
@@ -242,7 +243,7 @@ CASES: dict[str, tuple[Make, str]] = {
     ),
     "cped, tabs": (tabs, r"cped\.csv:1: the fields are separated by tabs, not commas"),
     "cped, ragged": (table("第1句", "第1句，真的,真的"), r"cped\.csv:4: 7 fields, but the header names 6; quote texts"),
-    "cped, open quote": (table("第1句", '"第1句'), r"cped\.csv:4: the row that begins here is broken csv"),
+    "cped, open quote": (table("第1句", '"第1句'), r"cped\.csv:4: the row that begins here is not valid csv"),
     "cped, GBK": (
         table("第0句", "第0句", "gbk"),
         r"cped\.csv:\d+: the file is not UTF-8 \(GBK perhaps\); convert it with `iconv -f GB18030",
@@ -260,7 +261,7 @@ CASES: dict[str, tuple[Make, str]] = {
         line('"text": "好"', '"text": "好", "text": "不"'),
         r"d\.jsonl:1: the key 'text' occurs twice",
     ),
-    "jsonl, dialogue twice": (line('"d4"', '"d1"'), r"d\.jsonl:5: the dialogue id 'd1' stands also on line 2"),
+    "jsonl, dialogue twice": (line('"d4"', '"d1"'), r"d\.jsonl:5: the dialogue id 'd1' is also on line 2"),
     "jsonl, misspelt label": (
         lines(emotion="happy"),
         FOURTH + r"unknown emotion label 'happy'; did you mean 'Happy'\?",
@@ -271,7 +272,7 @@ CASES: dict[str, tuple[Make, str]] = {
     "jsonl, end before start": (lines(clip="1.mp4", start=2, end=1.5), FOURTH + r"end 1.5 lies before start 2.0"),
     "jsonl, no number": (
         lines(clip="1.mp4", start=float("nan")),
-        FOURTH + "'start' must be seconds from the clip's beginning, not nan",
+        FOURTH + "'start' must be seconds from the start of the clip, not nan",
     ),
     "jsonl, negative time": (lines(clip="1.mp4", start=-1), FOURTH + "'start' must be seconds"),
     "jsonl, tags": (lines(tags="x"), FOURTH + "'tags' must be a list of texts"),
@@ -306,7 +307,19 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("name", CASES)
+#: A fault in the first and the last line of each format, one of the files, and one of the clips: all others take the
+#: same way out of the command line.
+SHOWN = (
+    "m3ed, cut off",
+    "cped, column missing",
+    "cped, open quote",
+    "jsonl, no number",
+    "jsonl, clip missing",
+    "jsonl, empty",
+)
+
+
+@pytest.mark.parametrize("name", SHOWN)
 def test_command_line_exits_with_1_and_writes_nothing(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,14 +351,19 @@ def test_command_line_exits_with_1_and_writes_nothing(
         ("zero-length", annotation('"00:00:01:20"', '"00:00:01:00"'), "zero-length span", "show0_0_1"),
         ("zero-length clip", lines(clip="1.mp4", start=1, end=1), "zero-length span", "d.jsonl:4: utterance 2"),
         ("FF >= 25", annotation('"00:00:01:20"', '"00:00:01:25"'), "frame number of 25 or more", "show0_0_1"),
-        ("stray spaces", annotation('"00:00:01:20"', '" 00:00: 01:20"'), "stray spaces", "show0_0_1"),
+        ("stray spaces", annotation('"00:00:01:20"', '" 00:00: 01:20"'), "with spaces", "show0_0_1"),
         ("one digit", annotation('"00:00:01:20"', '"00:0:01:20"'), "another number of digits", "show0_0_1"),
         ("comma list", annotation('mul_emo": "Happy"', 'mul_emo": "Happy,Sad"'), "several emotions", "show0_0_1"),
         ("gap in ids", annotation('"show0_0_2"', '"show0_0_4"'), "gap in the numbering", "show0_0_1 and show0_0_4"),
         ("no name", annotation('"Name": "甲"', '"Name": ""'), "speaker without a name", "show0_0/SpeakerInfo/A"),
         ("one speaker", annotation('"Speaker": "B"', '"Speaker": "A"'), "dialogue of one speaker", "show0_0"),
         ("line break", table("第0句", '"第0\r\n句"'), "line break inside a text", "cped.csv:3"),
-        ("rows apart", table("1_029,1_029_001", "1_000,1_000_002"), "rows of one dialogue apart", "cped.csv:61"),
+        (
+            "rows apart",
+            table("1_029,1_029_001", "1_000,1_000_002"),
+            "rows of one dialogue in different places",
+            "cped.csv:61",
+        ),
         ("unknown key", lines(cilp="1.mp4"), "did you mean 'clip'", "d.jsonl:4: utterance 2"),
     ],
 )
@@ -391,7 +409,7 @@ def test_good_data_warns_of_nothing(tmp_path: Path) -> None:
 def test_a_bad_emotion_map(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "map.csv").write_text(text)
     with pytest.raises(DataError, match=message):
-        read_cped(cped(tmp_path / "c.csv"), emotion_map=tmp_path / "map.csv")
+        dataset("cped").source(cped(tmp_path / "c.csv"), tmp_path / "map.csv", None, "")
 
 
 @pytest.mark.parametrize(
@@ -410,7 +428,7 @@ def test_no_video_lies_outside_its_root(template: str, show: str, message: str, 
     edit(folder / "annotation.json", '"show0": {', f'"{show}": {{')
     (folder / "splitInfo" / "movie_list_train.txt").write_text(show)
     with pytest.raises(ElmdError, match=message):
-        read_m3ed(folder, video_root=tmp_path, video_template=template)
+        read_m3ed(folder, clips=ClipTemplate(tmp_path, template))
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

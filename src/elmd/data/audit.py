@@ -1,4 +1,4 @@
-"""The audit of a data set's splits: what test can know from train, and what is missing."""
+"""The audit of a data set's splits: what leaks from train into test, and which clips are missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from elmd.data.samples import has_vision
+from elmd.data.pairs import has_vision
 from elmd.types import SPLITS, Sample
 
 
@@ -21,8 +21,8 @@ def audit(samples: Sequence[Sample]) -> dict[str, Any]:
 
     Returns:
         `shared_dialogues`: for each two splits, how many dialogues they share, and a few ids.
-        `responses_in_train`: for valid and test, how many responses occur as a response in train, letter by letter
-            (`exact`) and after `normalised`; among `samples`.
+        `responses_in_train`: for valid and test, how many of the `samples` have a response that occurs in train: as
+            it is (`exact`), and after `normalised`.
         `clips`: per split, samples whose u has a clip or features (`present`), names one that is not there
             (`missing`), or names none (`none`).
     """
@@ -51,5 +51,5 @@ def audit(samples: Sequence[Sample]) -> dict[str, Any]:
 
 def _clips(part: Sequence[Sample]) -> dict[str, int]:
     present = sum(has_vision(sample.utterance) for sample in part)
-    named = sum(bool(sample.utterance.clip or sample.utterance.features) for sample in part)
-    return {"present": present, "missing": named - present, "none": len(part) - named}
+    with_name = sum(bool(sample.utterance.clip or sample.utterance.features) for sample in part)
+    return {"present": present, "missing": with_name - present, "none": len(part) - with_name}

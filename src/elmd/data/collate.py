@@ -4,9 +4,9 @@
     [5 6]         2       [7]    [8 9]            5 6 . . 7 8 9     . . . . . 8 9
     [5]           0       [7]    [9]        ->    - - - - 5 7 9     . . . . . . 9
 
-On the left, the targets of all rows end in the last column, so the logits of the last columns are all that a loss
-needs (`Batch.keep`). With `split`, what lies before the slots and the rest are padded apart, so that one column parts
-them in all rows (`Batch.free`); mask and positions make the hole harmless:
+With padding on the left, the targets of all rows end in the last column, so a loss needs the logits of the last columns
+only (`Batch.keep`). With `split`, the tokens before the slots and the rest are padded separately, so that in every row
+the slots come after the first `Batch.free` columns. Mask and positions make the padding in between harmless:
 
                                                   5 6 . . 7 8 9
                                                   - 5 - - - 7 9    free = 2
@@ -26,17 +26,17 @@ from elmd.data.encode import Encoded
 IGNORED = -100
 
 
-#: A beginning is run by itself where that spares at least this share of a batch's columns: it costs a pass of its own.
+#: A shared beginning is run on its own where that saves at least this share of a batch's tokens: it costs a pass more.
 WORTHWHILE = 0.05
 
 
 class Beginning(NamedTuple):
-    """What B rows begin with: their first `length` tokens.
+    """The first `length` tokens of B rows, of which U are different.
 
     Attributes:
-        firsts: rows [U] that begin differently.
-        which: for each row, the place in `firsts` of the one that it begins like [B].
-        ids: these tokens of the first of `firsts`; they stay on the CPU.
+        firsts: [U] long, one row for each different beginning.
+        which: [B] long, for each row the position in `firsts` of the row with the same beginning.
+        ids: the tokens of the first of `firsts`; they stay on the CPU.
     """
 
     length: int
@@ -46,11 +46,11 @@ class Beginning(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Of a batch: what its cost depends on.
+    """What the cost of a batch depends on.
 
     Attributes:
         rows: B.
-        length: L.
+        length: L, padding included.
         keep, free: see `Batch`.
         targets: target tokens of all rows.
     """
@@ -69,15 +69,15 @@ class Batch:
     Attributes:
         ids: [B, L] long; 0 at slots and padding.
         slots: [B, L] bool, where visual tokens go.
-        mask: [B, L] bool, what is no padding.
+        mask: [B, L] bool, True where there is no padding.
         positions: [B, L] long, from 0 at each row's first real token.
-        labels: [B, L] long, `IGNORED` but at target tokens.
+        labels: [B, L] long, `IGNORED` except at target tokens.
         visual: [number of slots, q] features in row order, or None where no row has slots.
         keep: how many of the last columns carry targets.
-        at: where among these columns the targets are: their places [N] in the flattened [B, keep].
-        free: no visual token stands in so many first columns.
-        shared: what rows have in common in the columns that are read without gradient: the `free` ones, or all of
-            them where no row has a target.
+        at: [N] long, where in these columns the targets are: positions in the flattened [B, keep].
+        free: so many first columns hold no visual token.
+        shared: the shared beginnings of rows, within the columns that are read without gradient: the `free` ones, or
+            all where no row has a target.
     """
 
     ids: Tensor
@@ -106,10 +106,10 @@ def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None], *, split: 
 
     Args:
         visual: each row's features [V, q], None for a row without slots.
-        split: part the columns before the slots from the others.
+        split: pad the tokens before the slots and the others separately.
     """
     cuts = _cuts(rows, split)
-    _, length, keep, free, _ = shape_of(rows, split=split)
+    _, length, keep, free, _ = _shape(rows, cuts)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     slots = torch.zeros(len(rows), length, dtype=torch.bool)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -121,8 +121,8 @@ def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None], *, split: 
         slots[i, columns[len(row.before) : len(row.before) + row.slots]] = True
         if row.target:
             labels[i, length - len(row.target) :] = torch.tensor(row.target, dtype=torch.long)
-    assert not slots[:, :free].any(), "a visual token stands where no gradient goes"
-    features = [f for f in visual if f is not None]
+    assert not slots[:, :free].any(), "a visual token lies where no gradient goes"
+    features = [tensor for tensor in visual if tensor is not None]
     return Batch(
         ids=ids,
         slots=slots,
@@ -138,8 +138,11 @@ def collate(rows: Sequence[Encoded], visual: Sequence[Tensor | None], *, split: 
 
 
 def shape_of(rows: Sequence[Encoded], *, split: bool = False) -> Shape:
-    """That of `collate(rows, …, split=split)`."""
-    cuts = _cuts(rows, split)
+    """The shape of `collate(rows, …, split=split)`."""
+    return _shape(rows, _cuts(rows, split))
+
+
+def _shape(rows: Sequence[Encoded], cuts: Sequence[int]) -> Shape:
     return Shape(
         rows=len(rows),
         length=max(cuts) + max(row.length - cut for row, cut in zip(rows, cuts, strict=True)),
@@ -150,28 +153,28 @@ def shape_of(rows: Sequence[Encoded], *, split: bool = False) -> Shape:
 
 
 def _cuts(rows: Sequence[Encoded], split: bool) -> list[int]:
-    """How many of each row's tokens lie before the column that parts them."""
-    # The token before a target predicts its first one, so it is never parted from it.
+    """For each row, how many tokens go to the first `free` columns."""
+    # The token before a target predicts its first token, so it stays with the target.
     return [min(len(row.before), row.length - len(row.target) - 1) if split else 0 for row in rows]
 
 
 def places(labels: Tensor, keep: int) -> Tensor:
-    """Where the targets are among the last `keep` columns: their places [N] in the flattened [B, keep]."""
+    """Where the targets are in the last `keep` columns: positions [N] in the flattened [B, keep]."""
     return (labels[:, labels.shape[1] - keep :] != IGNORED).flatten().nonzero()[:, 0]
 
 
 def shared_beginning(ids: Tensor, slots: Tensor, mask: Tensor) -> Beginning | None:
-    """What rows of text have in common at their beginning, so that a prompt's reader can run it once.
+    """The beginnings that rows share, so that the model can run each only once.
 
     All prompts begin with the same instruction, those of one dialogue also with the same background and often the same
-    turns. Of all lengths c, cut from every row, the one is taken that leaves the fewest tokens to run: U beginnings of
-    c tokens that differ, and B rows of L - c columns. It ends before the first visual token and leaves each row one.
+    turns. The length c is chosen so that the fewest tokens are run: U different beginnings of c tokens, and B rows of
+    L - c columns. A beginning ends before the first visual token and before the last token of every row.
 
     Args:
         ids, slots, mask: as in a `Batch`, all [B, L], padded on the left.
 
     Returns:
-        None where it does not pay.
+        None where that saves too little (see `WORTHWHILE`).
     """
     rows, columns = ids.shape
     first = torch.where(mask.any(1), mask.int().argmax(1), columns - 1)
@@ -180,10 +183,10 @@ def shared_beginning(ids: Tensor, slots: Tensor, mask: Tensor) -> Beginning | No
         return None
     begin = ids.gather(1, first[:, None] + torch.arange(limit))
     order = torch.tensor(sorted(range(rows), key=begin.tolist().__getitem__))
-    # In this order, rows that have c tokens in common are neighbours: `common` is how many each has with the next.
+    # Sorted, rows that share c tokens are neighbours. `common`: how many tokens each row shares with the next.
     differ = begin[order][1:] != begin[order][:-1]
     common = torch.where(differ.any(1), differ.int().argmax(1), limit)
-    # Between these lengths the number of beginnings stays the same, so no other can be the best.
+    # Between two of these lengths U stays the same, so no other length can be the best.
     costs = {c: (1 + int((common < c).sum())) * c + rows * (columns - c) for c in {*common.tolist(), limit} - {0}}
     length = min(costs, key=costs.__getitem__, default=0)
     if not length or costs[length] > (1 - WORTHWHILE) * rows * columns:
@@ -194,7 +197,7 @@ def shared_beginning(ids: Tensor, slots: Tensor, mask: Tensor) -> Beginning | No
     return Beginning(length, order[new], which, tuple(begin[order[0], :length].tolist()))
 
 
-#: What a pass of the model costs beside its own tokens, in tokens: its weights are read and its kernels started anew.
+#: What a pass of the model costs besides its tokens, counted in tokens: its weights are read and its kernels launched.
 #: Measured on a CPU, forward and backward (a GLM of 256 x 4): about 100.
 PASS = 128
 
@@ -204,27 +207,27 @@ def bin_pack(
 ) -> list[list[int]]:
     """Cut `order` (positions, sorted by length) into groups of at most `budget` tokens, padding included.
 
-    Of all such cuts, that which costs least: the tokens of all groups, padding included, and `cost` for each group. A
-    row longer than the budget gets a group of its own.
+    The cut of the least cost is taken: the tokens of all groups, padding included, plus `cost` for each group. A row
+    longer than the budget gets a group of its own.
 
     Args:
-        before: of each row's tokens, how many lie before its slots, where batches are to be split there: both sides
-            are then padded apart.
-        cost: tokens that one more group may spare and is still not worth it.
+        before: for batches with `split`, how many of each row's tokens lie before its slots: both sides are padded
+            separately.
+        cost: of a group, in tokens: one more group has to save more than that.
     """
     # For each number of rows from the start: the least cost, and where its last group begins.
     least, begins = [0], [0]
     for end in range(1, len(order) + 1):
-        left = right = 0  # columns of the group from `begin` to `end`, before and from the slots on
-        found: list[tuple[int, int]] = []
+        left = right = 0  # columns of the group from `begin` to `end`: before the slots, and from the slots on
+        options: list[tuple[int, int]] = []
         for begin in range(end - 1, -1, -1):
             head = before[order[begin]] if before else 0
             left, right = max(left, head), max(right, lengths[order[begin]] - head)
             size = (left + right) * (end - begin)
-            if found and size > budget:
+            if options and size > budget:
                 break
-            found.append((least[begin] + size + cost, begin))
-        total, begin = min(found)
+            options.append((least[begin] + size + cost, begin))
+        total, begin = min(options)
         least.append(total)
         begins.append(begin)
     groups: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""From a sample to token ids: the one function that training and generation share.
+"""From a sample to token ids: the function that training and generation share.
 
 A sample becomes three runs of ids, with V video slots between the first two:
 
@@ -20,13 +20,13 @@ from elmd.data.prompts import SLOTS, Prompt, Task
 from elmd.errors import CheckpointError, ConfigError
 from elmd.types import Demonstration, Sample
 
-#: Order in which a prompt that is too long loses text; E_v and the instruction never do.
+#: The parts that lose text in a prompt that is too long, in this order; E_v and the instruction never lose any.
 CUTS = ("history", "background", "demonstration", "utterance")
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A sample in ids. `target` ends in EOS and is empty when generating; `slots` = V visual tokens, or 0."""
+    """A sample in token ids. `slots`: V visual tokens, or 0. `target` ends in EOS; it is empty when generating."""
 
     before: list[int]
     slots: int
@@ -39,7 +39,7 @@ class Encoded:
 
 
 class Encoder:
-    """Renders, wraps in the tokenizer's chat template, encodes and truncates.
+    """Renders the prompt, puts it into the tokenizer's chat template, encodes and truncates it.
 
     Attributes:
         cuts: how many samples have lost text so far, by part (`CUTS`, and `target`).
@@ -49,8 +49,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, prompt: Prompt, max_prompt_tokens: int, max_target_tokens: int):
-        for need, what in ((tokenizer.chat_template, "chat template"), (tokenizer.eos_token_id, "end-of-text token")):
-            if need is None:
+        for value, what in ((tokenizer.chat_template, "chat template"), (tokenizer.eos_token_id, "end-of-text token")):
+            if value is None:
                 raise CheckpointError(
                     f"the tokenizer has no {what}", where=tokenizer.name_or_path, fix="use a chat model's checkpoint"
                 )
@@ -67,7 +67,7 @@ class Encoder:
         *,
         with_target: bool,
     ) -> Encoded:
-        """Encode one sample; the target is cut only here in training, at `max_target_tokens`.
+        """Encode one sample; a target is cut to `max_target_tokens`, EOS included.
 
         Raises:
             ConfigError: instruction and slots alone exceed `max_prompt_tokens`.
@@ -82,7 +82,7 @@ class Encoder:
         return replace(prompt, target=[*target, self.tokenizer.eos_token_id])
 
     def text(self, text: str) -> list[int]:
-        """Ids of a piece of text without the tokens that open a sequence."""
+        """Ids of a text without the tokens that begin a sequence."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def wrap(self, content: str) -> tuple[list[int], list[int]]:
@@ -91,10 +91,10 @@ class Encoder:
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         before, _, after = rendered.partition(SLOTS)
-        # A template may write the tokens that open a sequence (Llama, GLM-4), or leave them to the encoding (ChatGLM2).
-        opening, ids = self.tokenizer.encode(""), self.text(before)
-        written = ids[: len(opening)] == opening
-        return ids if written else [*opening, *ids], self.text(after) if after else []
+        # A template may write the tokens that begin a sequence (Llama, GLM-4), or leave them to `encode` (ChatGLM2).
+        begin, ids = self.tokenizer.encode(""), self.text(before)
+        written = ids[: len(begin)] == begin
+        return ids if written else [*begin, *ids], self.text(after) if after else []
 
     def _fit(self, sample: Sample, demonstrations: Sequence[Demonstration], task: Task, slots: int) -> Encoded:
         def encode(s: Sample, d: Sequence[Demonstration]) -> Encoded:
@@ -107,46 +107,50 @@ class Encoder:
         encoded = encode(sample, demonstrations)
         if fits(encoded):
             return encoded
-        turns, background, text = sample.history, sample.background or "", sample.utterance.text
-        shorter = {
-            "history": lambda n: (replace(sample, history=turns[len(turns) - n :]), demonstrations),
-            "background": lambda n: (
-                replace(sample, history=(), background=background[len(background) - n :] or None),
-                demonstrations,
-            ),
-            "demonstration": lambda n: (
-                replace(sample, history=(), background=None),
-                [replace(d, response=d.response[:n]) for d in demonstrations] if n else [],
-            ),
-            "utterance": lambda n: (
-                replace(
-                    sample,
-                    history=(),
-                    background=None,
-                    utterance=replace(sample.utterance, text=text[len(text) - n :]),
-                ),
-                [],
-            ),
-        }
-        sizes = {
-            "history": len(turns),
-            "background": len(background),
-            "demonstration": max((len(d.response) for d in demonstrations), default=0),
-            "utterance": len(text),
-        }
         for part in CUTS:
-            if sizes[part] == 0:
+            size = _size(part, sample, demonstrations)
+            if size == 0:
                 continue
             self.cuts[part] += 1
-            if not fits(encode(*shorter[part](0))):
-                continue
-            low, high = 0, sizes[part]  # the most that fits lies in [low, high)
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if fits(encode(*shorter[part](middle))) else (low, middle)
-            return encode(*shorter[part](low))
+            if fits(encode(*_cut(part, 0, sample, demonstrations))):
+                # The most that fits lies in [low, high).
+                low, high = 0, size
+                while high - low > 1:
+                    middle = (low + high) // 2
+                    if fits(encode(*_cut(part, middle, sample, demonstrations))):
+                        low = middle
+                    else:
+                        high = middle
+                return encode(*_cut(part, low, sample, demonstrations))
+            sample, demonstrations = _cut(part, 0, sample, demonstrations)
         raise ConfigError(
             f"the instruction and {slots} video slots alone exceed {self.max_prompt_tokens} tokens",
             where="prompt.max_prompt_tokens",
             fix="raise it",
         )
+
+
+def _size(part: str, sample: Sample, demonstrations: Sequence[Demonstration]) -> int:
+    """How much a part can lose: turns of the history, characters of the others."""
+    if part == "history":
+        return len(sample.history)
+    if part == "background":
+        return len(sample.background or "")
+    if part == "demonstration":
+        return max((len(d.response) for d in demonstrations), default=0)
+    return len(sample.utterance.text)
+
+
+def _cut(
+    part: str, size: int, sample: Sample, demonstrations: Sequence[Demonstration]
+) -> tuple[Sample, Sequence[Demonstration]]:
+    """Cut one part to `size`: the latest turns, the end of a text, or the beginning of a demonstration's response."""
+    if part == "history":
+        return replace(sample, history=sample.history[len(sample.history) - size :]), demonstrations
+    if part == "background":
+        text = sample.background or ""
+        return replace(sample, background=text[len(text) - size :] or None), demonstrations
+    if part == "demonstration":
+        return sample, [replace(d, response=d.response[:size]) for d in demonstrations] if size else []
+    text = sample.utterance.text
+    return replace(sample, utterance=replace(sample.utterance, text=text[len(text) - size :])), []

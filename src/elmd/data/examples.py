@@ -1,4 +1,4 @@
-"""Samples made ready for the model: encoded once, batched on demand."""
+"""Samples for the model: encoded once, batched on demand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Examples:
     """A list of samples with their encodings.
 
     Args:
-        demonstrations: by sample id; a sample that is not in it gets a prompt without R (w/o ERM).
+        demonstrations: by sample id; a sample without an entry gets a prompt without R (w/o ERM).
         with_target: True for training and validation loss, False for scoring and generation.
     """
 
@@ -48,7 +48,7 @@ class Examples:
             self.rows.append(encoder(sample, demonstrations.get(sample.id, ()), task, slots, with_target=with_target))
         if cuts := encoder.cuts - before:
             shown = ", ".join(f"{part} of {count}" for part, count in cuts.items())
-            logger.warning("%d samples for %s: too long, so cut: %s", len(samples), task, shown)
+            logger.warning("%d samples for %s: cut because too long: %s", len(samples), task, shown)
         self.lengths = [row.length for row in self.rows]
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class Examples:
         return collate(rows, [self.features(self.samples[i].id) for i in positions], split=split)
 
     def shape(self, positions: Sequence[int], *, split: bool = False) -> Shape:
-        """That of `batch(positions, split=split)`, which is not made."""
+        """The shape of `batch(positions, split=split)`, without making it."""
         return shape_of([self.rows[i] for i in positions], split=split)
 
     def targets(self, positions: Sequence[int]) -> int:
@@ -68,11 +68,11 @@ class Examples:
 
 
 def shuffled(features: Features, samples: Sequence[Sample], seed: int) -> Features:
-    """The same features permuted among the samples of each split that have some: a control without information."""
+    """The same features, permuted among those samples of each split that have some: a control without information."""
     partner: dict[str, str] = {}
     for split in sorted({sample.split for sample in samples}):
         ids = [sample.id for sample in samples if sample.split == split and features(sample.id) is not None]
-        other = ids.copy()
-        random.Random(f"{seed}-{split}").shuffle(other)
-        partner.update(zip(ids, other, strict=True))
+        permuted = ids.copy()
+        random.Random(f"{seed}-{split}").shuffle(permuted)
+        partner.update(zip(ids, permuted, strict=True))
     return lambda sample_id: features(partner[sample_id]) if sample_id in partner else None

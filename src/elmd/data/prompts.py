@@ -1,7 +1,7 @@
-"""The prompt of six parts (§3.4, Fig. 4) as an object that is saved with the checkpoint.
+"""The prompt of six parts (§3.4, Fig. 4): an object that is saved with the checkpoint.
 
 The order is that of eq. 10: instruction I, background B, history H, utterance u, video slots E_v, demonstration R.
-The figure is not public, so the words are ours and live in the configuration.
+The figure is not public, so the words are ours; they are in the configuration.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from elmd.errors import CheckpointError
 from elmd.labels import WORDS, Emotion
 from elmd.types import Demonstration, Sample
 
-#: What is asked for: the emotion (eq. 10), the emotion and the response (eq. 11), the response alone (VisualGLM).
+#: What the model is asked for: the emotion (eq. 10), emotion and response (eq. 11), the response alone (VisualGLM).
 Task = Literal["rep", "eerg", "reply"]
 
-#: Stands where the video slots go while the chat template is rendered; removed from users' text beforehand.
+#: Marks the place of the video slots while the chat template is rendered; users' texts lose it before.
 SLOTS = "\ue000"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Texts of the parts, each with the fields it fills in.
+    """Texts of the parts, each with its fields in braces.
 
     Attributes:
         instruction: I; same for every sample. `{task}` is the sentence `rep`, `eerg` or `reply`.
@@ -33,7 +33,7 @@ class Prompt:
         turn: one turn of H: `{speaker}`, `{text}`.
         utterance: u: `{speaker}`, `{text}`, and `{responder}`, the speaker of r.
         video: what surrounds the slots: `{video}`; left out where a sample has no visual tokens.
-        demonstration: R, with a sentence that says what it is: `{response}`, `{utterance}`.
+        demonstration: R, with a sentence that explains it: `{response}`, `{utterance}`.
         rep, eerg, reply: the sentence that asks for each task's target.
         emotion_end: ends the emotion word in EERG's target `<emotion>。<response>` (eq. 11).
     """
@@ -89,7 +89,7 @@ class Prompt:
         return word if task == "rep" else f"{word}{self.emotion_end}{clean(response)}"
 
     def split_target(self, text: str, task: Task) -> tuple[Emotion | None, str]:
-        """Undo `target` on generated text: (emotion, response); emotion None where none was asked for or none leads."""
+        """Undo `target` on generated text: (emotion, response). The emotion is None where the text begins with none."""
         text = text.strip()
         if task == "reply":
             return None, text
@@ -108,10 +108,10 @@ class Prompt:
             return cls(**read_json(path))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
-                "holds no prompt that this version can read", where=path, fix="train the checkpoint again"
+                "is no prompt that this version can read", where=path, fix="train the checkpoint again"
             ) from error
 
 
 def clean(text: str) -> str:
-    """Text of users without the character that marks the slots."""
+    """A user's text without the character that marks the slots."""
     return text.replace(SLOTS, "")

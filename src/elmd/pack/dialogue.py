@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from elmd.data.pairs import Pair
 from elmd.data.readers.source import Notes, RawDialogue
-from elmd.data.samples import Pair, merge
+from elmd.data.turns import merge
 from elmd.errors import ClipError, DataError
 from elmd.labels import Emotion
 from elmd.types import Clip, Sample, Sentence

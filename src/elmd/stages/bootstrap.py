@@ -19,7 +19,8 @@ from typing import Any
 
 from elmd.config import BootstrapText, Config
 from elmd.data.encode import Encoder
-from elmd.data.samples import load_samples, pairs
+from elmd.data.pairs import pairs
+from elmd.data.samples import load_samples
 from elmd.errors import DataError
 from elmd.log import table
 from elmd.stages.base import Job, Outcome

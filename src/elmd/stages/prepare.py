@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from elmd.config import Config, Reader
+from elmd.config import Config
 from elmd.data.audit import audit
-from elmd.data.readers.cped import read_cped
-from elmd.data.readers.jsonl import read_jsonl
-from elmd.data.readers.m3ed import read_m3ed
+from elmd.data.readers import dataset
 from elmd.data.readers.source import Source, load_background
 from elmd.data.samples import prepare, save_samples
 from elmd.engine.files import write_json
@@ -42,18 +40,12 @@ def run(cfg: Config, job: Job) -> Outcome:
 
 def read(cfg: Config, world: Path | None) -> Source:
     """The source that the configuration names; `world` is the folder of the tiny world, where data=tiny."""
-    data = cfg.data
-    labels = Path(data.emotion_map) if data.emotion_map else None
-    if data.reader is Reader.tiny:
-        assert world is not None, "it is upstream of data=tiny"
-        return read_jsonl(world / "dialogues.jsonl", emotion_map=labels)
-    assert data.path is not None, "elmd.stages.checks has seen to it"
-    path = Path(data.path)
-    if data.reader is Reader.jsonl:
-        return read_jsonl(path, emotion_map=labels)
-    reader = read_m3ed if data.reader is Reader.m3ed else read_cped
+    data, kind = cfg.data, dataset(cfg.data.reader)
+    path = world if kind.upstream else Path(data.path or "")
+    assert path is not None, "it is upstream of data=tiny"
+    emotion_map = Path(data.emotion_map) if data.emotion_map else None
     root = Path(data.video_root) if data.video_root else None
-    return reader(path, emotion_map=labels, video_root=root, video_template=data.video_template)
+    return kind.source(path, emotion_map, root, data.video_template)
 
 
 def show(counts: dict[str, Any], report: dict[str, Any]) -> None:

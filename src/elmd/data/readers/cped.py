@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from elmd.data.readers.source import (
@@ -13,7 +13,6 @@ from elmd.data.readers.source import (
     RawDialogue,
     Source,
     clean,
-    emotion_table,
     in_order,
     label,
     read_text,
@@ -47,30 +46,21 @@ COLUMNS = ("TV_ID", "Dialogue_ID", "Utterance_ID", "Speaker", "Emotion", "Uttera
 FILES: dict[Split, str] = {"train": "train_split.csv", "valid": "valid_split.csv", "test": "test_split.csv"}
 
 
-def read_cped(
-    path: Path,
-    *,
-    emotion_map: Path | None = None,
-    video_root: Path | None = None,
-    video_template: str = "{utterance}.mp4",
-) -> Source:
+def read_cped(path: Path, labels: Mapping[str, Emotion] = EMOTION_MAP, clips: ClipTemplate | None = None) -> Source:
     """Dialogues of one csv file, or of a folder with all three (then each has its official split).
 
     Args:
         path: the csv file, or the folder with train_split.csv, valid_split.csv and test_split.csv.
-        emotion_map: csv `label,emotion` put over `EMOTION_MAP`.
-        video_root: folder of the clips, one file for each sentence; None: no clips.
-        video_template: relative path with {show}, {dialogue} and {utterance}, the last of which must occur.
+        labels: the emotion of each label.
+        clips: where the clips lie, a file for each sentence; None: no clips.
 
     Raises:
         DataError: with the file and line.
-        ConfigError: `video_root` or `video_template` cannot be used.
+        ConfigError: the template of the clips does not name {utterance}.
     """
-    table = emotion_table(EMOTION_MAP, emotion_map)
-    clips = ClipTemplate(video_root, video_template) if video_root else None
     if clips and not clips.per_utterance:
         raise ConfigError(
-            f"{video_template!r} does not name {{utterance}}, and CPED has no times within a longer video",
+            f"{clips.template!r} does not name {{utterance}}, and CPED has no times within a longer video",
             where="data.video_template",
             fix="use a clip per sentence, such as {dialogue}/{utterance}.mp4",
         )
@@ -78,42 +68,44 @@ def read_cped(
     if path.is_dir():
         dialogues = []
         for split, name in FILES.items():
-            dialogues += _read_file(path / name, split, table, clips, notes)
+            dialogues += _read_file(path / name, split, labels, clips, notes)
     else:
-        dialogues = _read_file(path, None, table, clips, notes)
+        dialogues = _read_file(path, None, labels, clips, notes)
     return Source(unique(dialogues, path), notes)
 
 
 def _read_file(
-    path: Path, split: Split | None, table: dict[str, Emotion], clips: ClipTemplate | None, notes: Notes
+    path: Path, split: Split | None, labels: Mapping[str, Emotion], clips: ClipTemplate | None, notes: Notes
 ) -> list[RawDialogue]:
     shows: dict[str, str] = {}
     sentences: dict[str, list[Sentence]] = {}
-    places: dict[str, str] = {}
+    place_of: dict[str, str] = {}
     for place, row in _rows(path):
         show, dialogue, id_ = (row[name].strip() for name in COLUMNS[:3])
         if not (show and dialogue and id_):
             raise DataError("a blank TV_ID, Dialogue_ID or Utterance_ID", where=place, fix="fill it in")
         if shows.setdefault(dialogue, show) != show:
             raise DataError(
-                f"dialogue {dialogue!r} belongs to TV_ID {shows[dialogue]!r} and {show!r}", where=place, fix="mend one"
+                f"dialogue {dialogue!r} belongs to TV_ID {shows[dialogue]!r} and {show!r}",
+                where=place,
+                fix="correct one of them",
             )
-        if id_ in places:
+        if id_ in place_of:
             raise DataError(
-                f"utterance {id_!r} stands also at {places[id_]}", where=place, fix="delete or renumber one of them"
+                f"utterance {id_!r} is also at {place_of[id_]}", where=place, fix="delete or renumber one of them"
             )
-        places[id_] = place
+        place_of[id_] = place
         if dialogue in sentences and next(reversed(sentences)) != dialogue:
-            notes.add("rows of one dialogue apart from each other, brought together", place)
+            notes.add("rows of one dialogue in different places, put together", place)
         speaker = clean(row["Speaker"], "speaker", place, notes)
         if speaker == "其他":
-            notes.add("speaker 其他 (may be several people), taken as one", place)
+            notes.add("speaker 其他 (may be different people), taken as one speaker", place)
         sentences.setdefault(dialogue, []).append(
             Sentence(
                 id_,
                 speaker,
                 clean(row["Utterance"], "text", place, notes),
-                label(row["Emotion"].strip(), table, place),
+                label(row["Emotion"].strip(), labels, place),
                 Clip(clips.path(show, dialogue, id_, place)) if clips else None,
             )
         )
@@ -145,7 +137,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             begins = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"the row that begins here is broken csv ({error})",
+            f"the row that begins here is not valid csv ({error})",
             where=f"{path}:{begins}",
             fix="close or double its quotes",
         ) from None
@@ -166,5 +158,5 @@ def _check_header(header: list[str], path: Path) -> None:
         if len(missing) == 1
         else f"the columns {', '.join(missing)} are missing",
         where=where,
-        fix=f"name it in the first row; {suggest(missing[0], header, 'found')}",
+        fix=f"name it in the first row; {suggest(missing[0], header, 'the columns')}",
     )

@@ -1,18 +1,19 @@
-"""The reader of one's own data: a JSONL file, one dialogue a line. Every field is described in data/README.md."""
+"""The reader of one's own data: a JSONL file, one dialogue a line; data/README.md describes every field."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from elmd.data.readers.source import (
+    ClipTemplate,
     Notes,
     RawDialogue,
     Source,
     clean,
-    emotion_table,
     get,
     label,
     of_kind,
@@ -22,46 +23,46 @@ from elmd.data.readers.source import (
     unique,
 )
 from elmd.errors import DataError
-from elmd.labels import EMOTIONS, Emotion
+from elmd.labels import BY_NAME, Emotion
 from elmd.types import SPLITS, Clip, Sentence
 
 DIALOGUE_KEYS = ("id", "show", "split", "background", "utterances")
 UTTERANCE_KEYS = ("id", "speaker", "text", "emotion", "clip", "start", "end", "features", "tags")
 
 
-def read_jsonl(path: Path, *, emotion_map: Path | None = None) -> Source:
+def read_jsonl(path: Path, labels: Mapping[str, Emotion] = BY_NAME, clips: ClipTemplate | None = None) -> Source:
     """Dialogues of a JSONL file; clips and features are named relative to its folder and must lie in it.
 
     Args:
         path: the file.
-        emotion_map: csv `label,emotion` put over the seven names.
+        labels: the emotion of each label.
+        clips: not used: the file names its clips.
 
     Raises:
         DataError: with the file and line, and the utterance's position in it.
     """
-    table = emotion_table({emotion.value: emotion for emotion in EMOTIONS}, emotion_map)
     notes = Notes()
     dialogues = []
-    lines: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         record = of_kind(parse_json(line, path, number), dict, "a line", where)
-        dialogue = _dialogue(record, table, path.parent, where, notes)
-        if dialogue.id in lines:
+        dialogue = _dialogue(record, labels, path.parent, where, notes)
+        if dialogue.id in line_of:
             raise DataError(
-                f"the dialogue id {dialogue.id!r} stands also on line {lines[dialogue.id]}",
+                f"the dialogue id {dialogue.id!r} is also on line {line_of[dialogue.id]}",
                 where=where,
                 fix="give each dialogue its own id",
             )
-        lines[dialogue.id] = number
+        line_of[dialogue.id] = number
         dialogues.append(dialogue)
     return Source(unique(dialogues, path), notes)
 
 
 def media_files(path: Path) -> list[Path]:
-    """Clips and features that a JSONL file names, sorted; what cannot be read is passed over (`read_jsonl` says so)."""
+    """Clips and features that a JSONL file names, sorted. Broken lines are skipped; `read_jsonl` refuses them."""
     named = set()
     for line in path.read_text("utf-8-sig", errors="replace").split("\n") if path.is_file() else ():
         try:
@@ -72,8 +73,10 @@ def media_files(path: Path) -> list[Path]:
     return sorted(named)
 
 
-def _dialogue(record: dict[str, Any], table: dict[str, Emotion], folder: Path, where: str, notes: Notes) -> RawDialogue:
-    _known_keys(record, DIALOGUE_KEYS, where, notes)
+def _dialogue(
+    record: dict[str, Any], labels: Mapping[str, Emotion], folder: Path, where: str, notes: Notes
+) -> RawDialogue:
+    _note_unknown_keys(record, DIALOGUE_KEYS, where, notes)
     id_ = clean(get(record, "id", str, where), "id", where, notes)
     split = record.get("split")
     if split is not None and split not in SPLITS:
@@ -82,13 +85,13 @@ def _dialogue(record: dict[str, Any], table: dict[str, Emotion], folder: Path, w
     if not utterances:
         raise DataError("the dialogue holds no utterance", where=where, fix="delete the line")
     sentences = []
-    seen: set[str] = set()
+    ids: set[str] = set()
     for i, item in enumerate(utterances, start=1):
         place = f"{where}: utterance {i}"
-        sentence = _sentence(of_kind(item, dict, "an utterance", place), f"{id_}_{i}", table, folder, place, notes)
-        if sentence.id in seen:
+        sentence = _sentence(of_kind(item, dict, "an utterance", place), f"{id_}_{i}", labels, folder, place, notes)
+        if sentence.id in ids:
             raise DataError(f"the utterance id {sentence.id!r} occurs twice", where=place, fix="give it its own")
-        seen.add(sentence.id)
+        ids.add(sentence.id)
         sentences.append(sentence)
     show = of_kind(record.get("show") or "", str, "the value of 'show'", where)
     background = record.get("background")
@@ -98,9 +101,9 @@ def _dialogue(record: dict[str, Any], table: dict[str, Emotion], folder: Path, w
 
 
 def _sentence(
-    record: dict[str, Any], default_id: str, table: dict[str, Emotion], folder: Path, where: str, notes: Notes
+    record: dict[str, Any], default_id: str, labels: Mapping[str, Emotion], folder: Path, where: str, notes: Notes
 ) -> Sentence:
-    _known_keys(record, UTTERANCE_KEYS, where, notes)
+    _note_unknown_keys(record, UTTERANCE_KEYS, where, notes)
     tags = record.get("tags") or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise DataError("'tags' must be a list of texts", where=where, fix='write it as ["tag"]')
@@ -108,7 +111,7 @@ def _sentence(
         id=clean(get(record, "id", str, where), "id", where, notes) if record.get("id") is not None else default_id,
         speaker=clean(get(record, "speaker", str, where), "speaker", where, notes),
         text=clean(get(record, "text", str, where), "text", where, notes),
-        emotion=label(get(record, "emotion", str, where).strip(), table, where),
+        emotion=label(get(record, "emotion", str, where).strip(), labels, where),
         clip=_clip(record, folder, where, notes),
         features=_inside(folder, record, "features", where),
         tags=tuple(tags),
@@ -119,10 +122,10 @@ def _clip(record: dict[str, Any], folder: Path, where: str, notes: Notes) -> Cli
     path = _inside(folder, record, "clip", where)
     start, end = (_time(record, key, where) for key in ("start", "end"))
     if start is not None and end is not None and end < start:
-        raise DataError(f"end {end} lies before start {start}", where=where, fix="exchange or correct them")
+        raise DataError(f"end {end} lies before start {start}", where=where, fix="swap or correct them")
     if path is None:
         if start is not None or end is not None:
-            notes.add("start or end without a clip, left out", where)
+            notes.add("start or end without a clip, ignored", where)
         return None
     if end is not None and end == (start or 0.0):
         notes.add("zero-length span: text kept, without a clip", where)
@@ -136,7 +139,7 @@ def _time(record: dict[str, Any], key: str, where: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise DataError(
-            f"{key!r} must be seconds from the clip's beginning, not {value!r}", where=where, fix="correct it"
+            f"{key!r} must be seconds from the start of the clip, not {value!r}", where=where, fix="correct it"
         )
     return float(value)
 
@@ -150,7 +153,7 @@ def _inside(folder: Path, record: dict[str, Any], key: str, where: str) -> str |
     parts = PurePosixPath(name.replace("\\", "/"))
     inside = bool(name.strip()) and "\0" not in name and not parts.is_absolute() and ".." not in parts.parts
     if inside:
-        inside = (root / name).resolve().is_relative_to(root)  # a link inside may still lead outside
+        inside = (root / name).resolve().is_relative_to(root)  # a link inside may lead outside
     if not inside:
         raise DataError(
             f"{key} {name!r} does not lie inside the data's folder",
@@ -160,7 +163,7 @@ def _inside(folder: Path, record: dict[str, Any], key: str, where: str) -> str |
     return str(root / name)
 
 
-def _known_keys(record: dict[str, Any], known: tuple[str, ...], where: str, notes: Notes) -> None:
+def _note_unknown_keys(record: dict[str, Any], keys: tuple[str, ...], where: str, notes: Notes) -> None:
     for key in record:
-        if key not in known:
-            notes.add(f"unknown key {key!r}, passed over; {suggest(key, known)}", where)
+        if key not in keys:
+            notes.add(f"unknown key {key!r}, ignored; {suggest(key, keys)}", where)

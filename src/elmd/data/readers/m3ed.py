@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from elmd.data.readers.source import (
     RawDialogue,
     Source,
     clean,
-    emotion_table,
     get,
     in_order,
     label,
@@ -24,7 +24,7 @@ from elmd.data.readers.source import (
     unique,
 )
 from elmd.errors import DataError
-from elmd.labels import EMOTIONS
+from elmd.labels import BY_NAME, Emotion
 from elmd.types import Clip, Sentence, Split
 
 FRAMES_PER_SECOND = 25
@@ -35,25 +35,17 @@ _LISTS: dict[Split, str] = {
 }
 
 
-def read_m3ed(
-    path: Path,
-    *,
-    emotion_map: Path | None = None,
-    video_root: Path | None = None,
-    video_template: str = "{show}/{dialogue}.mp4",
-) -> Source:
+def read_m3ed(path: Path, labels: Mapping[str, Emotion] = BY_NAME, clips: ClipTemplate | None = None) -> Source:
     """Dialogues of a folder with `annotation.json` and, for the official split, `splitInfo/movie_list_*.txt`.
 
     Args:
         path: the folder.
-        emotion_map: csv `label,emotion` put over the seven labels of M3ED.
-        video_root: folder of the videos; None: no clips. Times are relative to the dialogue's video; a template
-            with {utterance} names a whole file for each sentence instead.
-        video_template: relative path with {show}, {dialogue}, {utterance}.
+        labels: the emotion of each label.
+        clips: where the videos lie; None: no clips. Times are relative to the dialogue's video; a template with
+            {utterance} names a whole file for each sentence instead.
 
     Raises:
         DataError: with the file and the line, or the show, dialogue and sentence.
-        ConfigError: `video_root` or `video_template` cannot be used.
     """
     if not path.is_dir():
         raise DataError("no such folder", where=path, fix="give the folder that holds annotation.json and splitInfo/")
@@ -62,8 +54,6 @@ def read_m3ed(
     if not shows:
         raise DataError("the file holds no dialogue", where=file, fix="download it again")
     splits = _read_splits(path / "splitInfo", shows)
-    table = emotion_table({emotion.value: emotion for emotion in EMOTIONS}, emotion_map)
-    clips = ClipTemplate(video_root, video_template) if video_root else None
     notes = Notes()
     dialogues = []
     for show in shows:
@@ -77,7 +67,7 @@ def read_m3ed(
                 raise DataError("the dialogue holds no sentence", where=place, fix="delete it")
             ids = list(lines)
             sentences = tuple(
-                _sentence(show, dialogue, ids[i], lines[ids[i]], names, table, clips, f"{place}/{ids[i]}", notes)
+                _sentence(show, dialogue, ids[i], lines[ids[i]], names, labels, clips, f"{place}/{ids[i]}", notes)
                 for i in in_order(ids, place, notes)
             )
             dialogues.append(RawDialogue(dialogue, show, sentences, split=splits.get(show)))
@@ -85,7 +75,7 @@ def read_m3ed(
 
 
 def _names(info: dict[str, Any], where: str, notes: Notes) -> dict[str, str]:
-    """Name by letter; speakers who share a name (路人) get their letter behind it, so that they are not merged."""
+    """Name by letter; speakers who share a name (路人) get their letter after it, so that they are not merged."""
     names = {}
     for letter in info:
         name = of_kind(info[letter], dict, f"speaker {letter!r}", where).get("Name")
@@ -96,7 +86,7 @@ def _names(info: dict[str, Any], where: str, notes: Notes) -> dict[str, str]:
             names[letter] = letter
     shared = {name for name, count in Counter(names.values()).items() if count > 1}
     if shared:
-        notes.add("speakers of one name, told apart by their letters", where)
+        notes.add("speakers of one name, distinguished by their letters", where)
     return {letter: f"{name}{letter}" if name in shared else name for letter, name in names.items()}
 
 
@@ -106,7 +96,7 @@ def _sentence(
     id_: str,
     record: Any,
     names: dict[str, str],
-    table: dict[str, Any],
+    labels: Mapping[str, Emotion],
     clips: ClipTemplate | None,
     where: str,
     notes: Notes,
@@ -119,7 +109,7 @@ def _sentence(
         letter = letter.strip()
     if letter not in names:
         raise DataError(f"speaker {letter!r} is not in SpeakerInfo", where=where, fix=suggest(letter, names))
-    emotion = label(_main_label(get(record, "EmoAnnotation", dict, where), where, notes), table, where)
+    emotion = label(_main_label(get(record, "EmoAnnotation", dict, where), where, notes), labels, where)
     start = _seconds(get(record, "StartTime", str, where), "StartTime", where, notes)
     end = _seconds(get(record, "EndTime", str, where), "EndTime", where, notes)
     clip = None
@@ -135,12 +125,12 @@ def _sentence(
 
 def _main_label(votes: dict[str, Any], where: str, notes: Notes) -> str:
     """`final_mul_emo` is one label or a comma list, the main one first; `final_main_emo` where it is blank."""
-    several = votes.get("final_mul_emo")
-    if not isinstance(several, str) or not several.strip():
+    emotions = votes.get("final_mul_emo")
+    if not isinstance(emotions, str) or not emotions.strip():
         word = get(votes, "final_main_emo", str, where)
         notes.add("no final_mul_emo, final_main_emo taken", where)
     else:
-        words = re.split(r"[,，、]", several)
+        words = re.split(r"[,，、]", emotions)
         word = words[0]
         if len(words) > 1:
             notes.add("several emotions, the first taken", where)
@@ -155,7 +145,7 @@ def _seconds(time: str, name: str, where: str, notes: Notes) -> float:
     if match is None:
         raise DataError(f"{name} {time!r} is not HH:MM:SS:FF", where=where, fix="write it as 00:01:02:24")
     if not re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", time):
-        notes.add("time with stray spaces or another number of digits, read as meant", where)
+        notes.add("time with spaces or another number of digits, read as intended", where)
     hours, minutes, seconds, frames = (int(part) for part in match.groups())
     if frames >= FRAMES_PER_SECOND:
         notes.add(f"frame number of {FRAMES_PER_SECOND} or more, carried over into the seconds", where)
@@ -168,12 +158,12 @@ def _read_splits(folder: Path, shows: dict[str, Any]) -> dict[str, Split]:
     """Split by show; empty where there is no such folder.
 
     Raises:
-        DataError: a list is missing, names a show that the annotation does not hold, or one that was named before.
+        DataError: a list is missing, names a show that the annotation does not hold, or names one twice.
     """
     splits: dict[str, Split] = {}
     if not folder.is_dir():
         return splits
-    named: dict[str, str] = {}
+    place_of: dict[str, str] = {}
     for split, name in _LISTS.items():
         file = folder / name
         for line, entry in enumerate(read_text(file).split("\n"), start=1):
@@ -183,7 +173,7 @@ def _read_splits(folder: Path, shows: dict[str, Any]) -> dict[str, Split]:
             place = f"{file}:{line}"
             if show not in shows:
                 raise DataError(f"show {show!r} is not in annotation.json", where=place, fix=suggest(show, shows))
-            if show in named:
-                raise DataError(f"show {show!r} stands also in {named[show]}", where=place, fix="keep it in one list")
-            splits[show], named[show] = split, f"{file.name}:{line}"
+            if show in place_of:
+                raise DataError(f"show {show!r} is also in {place_of[show]}", where=place, fix="keep it in one list")
+            splits[show], place_of[show] = split, f"{file.name}:{line}"
     return splits

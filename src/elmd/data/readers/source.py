@@ -1,4 +1,4 @@
-"""What every reader shares: the form it hands over, the record of what it changed, and how it refuses a bad file."""
+"""What all readers share: the form they return, the record of what they changed, and how they refuse a bad file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import pairwise
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from elmd.engine import files
 from elmd.errors import ConfigError, DataError
-from elmd.labels import EMOTIONS, Emotion
+from elmd.labels import BY_NAME, Emotion
 from elmd.types import Sentence, Split
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RawDialogue:
-    """A dialogue as the data set holds it: sentences in order, not merged yet (see `elmd.data.samples.merge`)."""
+    """A dialogue as the data set holds it: sentences in order, not merged yet (see `elmd.data.turns.merge`)."""
 
     id: str
     show: str
@@ -33,31 +33,31 @@ class RawDialogue:
 
 
 class Notes:
-    """What was legal but odd and was changed or passed over: how often, and where first."""
+    """What was legal but odd and was changed or ignored: how often, and where first."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[int, str]] = {}
+        self._notes: dict[str, tuple[int, str]] = {}
 
     def add(self, what: str, where: str) -> None:
-        count, first = self._found.get(what, (0, where))
-        self._found[what] = (count + 1, first)
+        count, first = self._notes.get(what, (0, where))
+        self._notes[what] = (count + 1, first)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """`{what: {"count": n, "example": place}}`, JSON-ready."""
-        return {what: {"count": count, "example": first} for what, (count, first) in self._found.items()}
+        return {what: {"count": count, "example": first} for what, (count, first) in self._notes.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a reader returns: dialogues with unique ids, and what it noted on the way."""
+    """What a reader returns: dialogues with unique ids, and what the reader noted."""
 
     dialogues: list[RawDialogue]
     notes: Notes = field(default_factory=Notes)
 
 
-def suggest(wrong: str, known: Iterable[str], listed_as: str = "known") -> str:
-    """The end of an error's `fix`: the nearest of some names, and the names themselves."""
-    names = list(known)
+def suggest(wrong: str, names: Iterable[str], listed_as: str = "known") -> str:
+    """The end of an error's `fix`: the nearest of `names`, and the names themselves."""
+    names = list(names)
     folded = {name.casefold(): name for name in names}
     near = get_close_matches(wrong.casefold(), folded, n=1, cutoff=0.5)
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
@@ -137,7 +137,7 @@ def get(record: dict[str, Any], key: str, kind: type[T], where: str) -> T:
         DataError: the key is missing or its value is of another type.
     """
     if key not in record:
-        raise DataError(f"the key {key!r} is missing", where=where, fix=f"add it; {suggest(key, record, 'found')}")
+        raise DataError(f"the key {key!r} is missing", where=where, fix=f"add it; {suggest(key, record, 'the keys')}")
     return of_kind(record[key], kind, f"the value of {key!r}", where)
 
 
@@ -178,23 +178,23 @@ def clean(text: str, what: str, where: str, notes: Notes) -> str:
     return re.sub(r"\s*[\r\n\u2028\u2029]+\s*", " ", text.strip())
 
 
-def label(word: str, table: dict[str, Emotion], where: str) -> Emotion:
+def label(word: str, labels: Mapping[str, Emotion], where: str) -> Emotion:
     """The emotion of a data set's label.
 
     Raises:
-        DataError: the table does not hold it; the nearest known label is named.
+        DataError: the data set has no such label; the nearest is named.
     """
-    if word not in table:
+    if word not in labels:
         raise DataError(
             f"unknown emotion label {word!r}",
             where=where,
-            fix=f"{suggest(word, table)}; correct it or map it with data.emotion_map",
+            fix=f"{suggest(word, labels)}; correct it or map it with data.emotion_map",
         )
-    return table[word]
+    return labels[word]
 
 
-def emotion_table(default: dict[str, Emotion], path: Path | None) -> dict[str, Emotion]:
-    """A reader's own label table, with the rows of a csv file `label,emotion` (first row: header) put over it.
+def emotion_table(default: Mapping[str, Emotion], path: Path | None) -> Mapping[str, Emotion]:
+    """The emotion of each label: `default`, of which a csv file `label,emotion` (first row: header) replaces some.
 
     Raises:
         DataError: the file is broken, has no header, names a label twice or an emotion that does not exist.
@@ -202,8 +202,7 @@ def emotion_table(default: dict[str, Emotion], path: Path | None) -> dict[str, E
     if path is None:
         return default
     rows = list(csv.reader(io.StringIO(read_text(path), newline="")))
-    names = {emotion.value: emotion for emotion in EMOTIONS}
-    if rows[0][-1].strip() in names:
+    if rows[0][-1].strip() in BY_NAME:
         raise DataError("the first row must be a header", where=f"{path}:1", fix="put `label,emotion` above it")
     table: dict[str, Emotion] = {}
     for line, row in enumerate(rows[1:], start=2):
@@ -212,17 +211,17 @@ def emotion_table(default: dict[str, Emotion], path: Path | None) -> dict[str, E
             continue
         if len(cells) != 2 or not cells[0]:
             raise DataError(
-                f"{len(cells)} fields where `label,emotion` is expected", where=f"{path}:{line}", fix="mend it"
+                f"{len(cells)} fields where `label,emotion` is expected", where=f"{path}:{line}", fix="correct the row"
             )
         if cells[0] in table:
             raise DataError(
                 f"the label {cells[0]!r} is mapped twice", where=f"{path}:{line}", fix="keep one of the rows"
             )
-        if cells[1] not in names:
+        if cells[1] not in BY_NAME:
             raise DataError(
-                f"{cells[1]!r} is none of the seven emotions", where=f"{path}:{line}", fix=suggest(cells[1], names)
+                f"{cells[1]!r} is none of the seven emotions", where=f"{path}:{line}", fix=suggest(cells[1], BY_NAME)
             )
-        table[cells[0]] = names[cells[1]]
+        table[cells[0]] = BY_NAME[cells[1]]
     return {**default, **table}
 
 
@@ -247,29 +246,29 @@ def in_order(ids: Sequence[str], where: str, notes: Notes) -> list[int]:
                 f"{ids[a]!r} and {ids[b]!r} have the same number", where=where, fix="give each sentence its own"
             )
         if numbers[b] - numbers[a] > 1:
-            notes.add("gap in the numbering of sentences, passed over", f"{where}: between {ids[a]} and {ids[b]}")
+            notes.add("gap in the numbering of sentences, ignored", f"{where}: between {ids[a]} and {ids[b]}")
     if order != list(range(len(ids))):
         notes.add("sentences not in the order of their numbers, sorted", where)
     return order
 
 
 def unique(dialogues: list[RawDialogue], path: Path) -> list[RawDialogue]:
-    """`dialogues`, of which there must be some, each with an id of its own.
+    """`dialogues`, at least one, each with an id of its own.
 
     Raises:
         DataError: there is none, or an id occurs twice.
     """
     if not dialogues:
         raise DataError("the file holds no dialogue", where=path, fix="compare it with the layout in data/README.md")
-    seen: dict[str, str] = {}
+    show_of: dict[str, str] = {}
     for dialogue in dialogues:
-        if dialogue.id in seen:
+        if dialogue.id in show_of:
             raise DataError(
-                f"the dialogue id {dialogue.id!r} occurs in {seen[dialogue.id]!r} and in {dialogue.show!r}",
+                f"the dialogue id {dialogue.id!r} occurs in {show_of[dialogue.id]!r} and in {dialogue.show!r}",
                 where=path,
                 fix="give each dialogue its own id",
             )
-        seen[dialogue.id] = dialogue.show
+        show_of[dialogue.id] = dialogue.show
     return dialogues
 
 

@@ -1,0 +1,92 @@
+"""The stage `prepare`: what it writes, and what its result depends on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dialogues import line, write_cped, write_jsonl, write_m3ed
+from elmd.config import Config, DataConfig, OnMissingClip, Reader, SplitRule
+from elmd.data.audit import audit
+from elmd.data.samples import load_samples
+from elmd.stages import depends
+from elmd.stages import prepare as stage
+from elmd.stages.base import Job
+from elmd.types import SPLITS
+
+
+def config(**data: Any) -> Config:
+    return Config(data=DataConfig(name="x", **{"split": SplitRule.dialogue, **data}))
+
+
+def job(folder: Path, upstream: dict[str, Path] | None = None) -> Job:
+    return Job(folder, upstream or {}, SimpleNamespace(is_main_process=True))  # type: ignore[arg-type]
+
+
+def talks(path: Path, n: int = 30, **more: Any) -> Path:
+    return write_jsonl(
+        path, *({"id": f"d{i}", "utterances": [line("甲", "你好", **more), line("乙", "好")]} for i in range(n))
+    )
+
+
+def test_the_stage_writes_samples_and_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    cfg = config(reader=Reader.jsonl, path=str(talks(tmp_path / "d.jsonl")))
+    outcome = stage.run(cfg, job(out))
+    assert sorted(file.name for file in out.iterdir()) == ["audit.json", "samples.jsonl"]
+    assert Counter(s.split for s in load_samples(out / "samples.jsonl")) == outcome.counts["samples"]
+    assert json.loads((out / "audit.json").read_text()) == audit(load_samples(out / "samples.jsonl"))
+    assert json.loads(json.dumps(outcome.counts)) == outcome.counts
+    printed = capsys.readouterr().err
+    for words in ("sentences", "with clip", "Neutral", "two_speakers"):
+        assert words in printed
+
+
+def test_the_stage_reads_the_tiny_world_from_bootstrap(tmp_path: Path) -> None:
+    (tmp_path / "world").mkdir()
+    (tmp_path / "out").mkdir()
+    records = [{"id": s, "split": s, "utterances": [line("甲", "你好"), line("乙", "好")]} for s in SPLITS]
+    write_jsonl(tmp_path / "world" / "dialogues.jsonl", *records)
+    cfg = config(reader=Reader.tiny, split=SplitRule.official)
+    assert depends.prepare(cfg).upstream == ("bootstrap/world",)
+    assert not depends.prepare(cfg).files
+    counts = stage.run(cfg, job(tmp_path / "out", {"bootstrap/world": tmp_path / "world"})).counts
+    assert counts["samples"] == dict.fromkeys(SPLITS, 1)
+
+
+def test_depends_on_contents_and_not_on_places(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first, second = (config(reader=Reader.jsonl, path=str(talks(tmp_path / name / "d.jsonl"))) for name in "ab")
+    assert depends.prepare(first).config == depends.prepare(second).config
+    assert depends.prepare(first).seed is None
+    assert set(depends.prepare(first).files) == {"data"}
+    official = config(reader=Reader.jsonl, path=first.data.path, split=SplitRule.official, split_seed=5)
+    assert depends.prepare(official).config["split_seed"] is None
+    for changed in ({"split_seed": 1}, {"filters": ["two_speakers"]}, {"on_missing_clip": OnMissingClip.drop}):
+        other = config(reader=Reader.jsonl, path=first.data.path, **changed)
+        assert depends.prepare(other).config != depends.prepare(first).config, changed
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "video_root"])
+def test_a_clip_that_appears_makes_another_artifact(tmp_path: Path, kind: str) -> None:
+    if kind == "jsonl":
+        cfg = config(reader=Reader.jsonl, path=str(talks(tmp_path / "d.jsonl", clip="1.mp4")))
+    else:
+        file = write_cped(tmp_path / "c.csv", [("1", "1_0", "1_0_0", "甲", "happy", "好")])
+        cfg = config(reader=Reader.cped, path=str(file), video_root=str(tmp_path), video_template="{utterance}.mp4")
+    before = depends.prepare(cfg).config
+    assert depends.prepare(cfg).config == before
+    (tmp_path / "1.mp4").write_bytes(b"x")
+    assert depends.prepare(cfg).config != before
+
+
+def test_m3ed_depends_on_its_annotation_and_not_on_videos_beside_it(tmp_path: Path) -> None:
+    folder = write_m3ed(tmp_path / "m", {"S_1": {"S_1_1": {}}}, train=["S"])
+    assert set(depends.prepare(config(reader=Reader.m3ed, path=str(folder))).files) == {"annotation.json", "splitInfo"}
