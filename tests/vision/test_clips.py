@@ -1,4 +1,4 @@
-"""Clips to features: which are one, how many frames the encoder gets, what is kept of them."""
+"""Clips to features: which share a key, how many frames the encoder gets, what is kept of them."""
 
 from __future__ import annotations
 

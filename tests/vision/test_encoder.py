@@ -50,10 +50,10 @@ def test_parity_with_visualglm_through_a_saved_folder(original: tuple[Path, dict
     VisionEncoder.load(native).save(tmp_path)
     encoder = VisionEncoder.load(tmp_path)
     with torch.no_grad():
-        seen = encoder.vision_model(pixel_values=golden["pixel_values"]).last_hidden_state
-        found = encoder(golden["pixel_values"])
-    assert (seen - golden["vit_last_hidden_state"]).abs().max() < 1e-5
-    assert (found - golden["qformer_last_hidden_state"]).abs().max() < 1e-5
+        patches = encoder.vision_model(pixel_values=golden["pixel_values"]).last_hidden_state
+        queries = encoder(golden["pixel_values"])
+    assert (patches - golden["vit_last_hidden_state"]).abs().max() < 1e-5
+    assert (queries - golden["qformer_last_hidden_state"]).abs().max() < 1e-5
 
 
 def test_the_wrong_epsilon_would_show(original: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
@@ -64,19 +64,19 @@ def test_the_wrong_epsilon_would_show(original: tuple[Path, dict[str, Tensor]], 
     del config["post_layernorm_eps"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.no_grad():
-        seen = VisionEncoder.load(tmp_path).vision_model(pixel_values=golden["pixel_values"]).last_hidden_state
-    assert (seen - golden["vit_last_hidden_state"]).abs().max() > 1e-5
+        patches = VisionEncoder.load(tmp_path).vision_model(pixel_values=golden["pixel_values"]).last_hidden_state
+    assert (patches - golden["vit_last_hidden_state"]).abs().max() > 1e-5
 
 
 # ------------------------------------------------------------------------------------------------- preprocessing
 def test_pixels_are_pil_bicubic_then_normalised_per_channel() -> None:
     image = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
     resized = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32)
-    found = tiny().pixels(torch.from_numpy(squash(image, 32).copy())[None])
-    assert found.shape == (1, 3, 32, 32)
+    pixels = tiny().pixels(torch.from_numpy(squash(image, 32).copy())[None])
+    assert pixels.shape == (1, 3, 32, 32)
     for channel in range(3):
         expected = (resized[..., channel] / 255 - np.float32(CLIP_MEAN[channel])) / np.float32(CLIP_STD[channel])
-        assert np.abs(found[0, channel].numpy() - expected).max() < 1e-6
+        assert np.abs(pixels[0, channel].numpy() - expected).max() < 1e-6
 
 
 # ------------------------------------------------------------------------------------------------- folders
@@ -266,9 +266,9 @@ def test_without_a_connection_the_hub_s_cache_is_used(tmp_path: Path, monkeypatc
     with pytest.raises(
         CheckpointError,
         match=r"^some/encoder: is no folder, and as a hub id it cannot be had \(.*\); check vision\.path",
-    ) as told:
+    ) as error:
         VisionEncoder.load("some/encoder")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
     snapshot = tmp_path / "models--some--encoder" / "snapshots" / "0123"
     tiny().save(snapshot)

@@ -38,9 +38,9 @@ def test_a_bad_clip_has_no_thumbnails_and_is_counted(
     good = clips.write_video(tmp_path / "good.mp4")
     (broken := tmp_path / "broken.mp4").write_bytes(b"no video" * 50)
     monkeypatch.setattr("elmd.log.logger.propagate", True)
-    found = thumbnails({"bad": Clip(str(broken)), "good": Clip(str(good))}, frames=2, workers=1)
-    assert found["bad"] == []
-    assert len(found["good"]) == 2
+    pictures = thumbnails({"bad": Clip(str(broken)), "good": Clip(str(good))}, frames=2, workers=1)
+    assert pictures["bad"] == []
+    assert len(pictures["good"]) == 2
     assert "1 of 2 clips cannot be shown" in caplog.text
     assert "broken.mp4" in caplog.text
 

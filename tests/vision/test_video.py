@@ -65,14 +65,14 @@ def test_the_first_video_stream_is_read_not_the_best(shared: Path, tmp_path: Pat
             assert np.array_equal(read_clip(Clip(str(source), *span), 8, 64, decoder), expected)
 
 
-@pytest.mark.parametrize("decoder", ["decord", "pyav"])
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
-def test_containers_that_say_nothing_of_their_frames(shared: Path, tmp_path: Path, suffix: str, decoder: str) -> None:
-    """mkv and ts promise 0 frames; ts starts at 0.08 s, and decord gives up on its last frame."""
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+def test_containers_that_say_nothing_of_their_frames(shared: Path, tmp_path: Path, suffix: str) -> None:
+    """mkv and ts promise 0 frames; ts starts at 0.08 s, and decord gives up on its last second."""
     source = shared / "data/video/nasa_13013.mp4"
     path = clips.remux(source, tmp_path / f"clip.{suffix}")
-    expected = read_clip(Clip(str(source), 2.0, 13.0), 5, 32, "pyav")
-    assert np.array_equal(read_clip(Clip(str(path), 2.0, 13.0), 5, 32, decoder), expected)
+    expected = read_clip(Clip(str(source), 11.0, 13.0), 2, 32, "pyav")
+    for decoder in ("decord", "pyav"):
+        assert np.array_equal(read_clip(Clip(str(path), 11.0, 13.0), 2, 32, decoder), expected), decoder
 
 
 # --------------------------------------------------------------------------------------------------- generated clips
