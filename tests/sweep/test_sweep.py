@@ -1,11 +1,10 @@
-"""The sweep launcher: Hydra's expansion, slots and GPUs, failed jobs, stopping, going on."""
+"""The sweep launcher: Hydra's expansion, slots and GPUs, failed jobs, stopping, resuming."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,30 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hydra
 import psutil
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
 from conftest import ROOT
-from elmd.cli import compose
+from elmd.cli import compose, config_dir, register
 from elmd.config import LauncherConfig
 from elmd.engine.files import write_json
 from elmd.errors import ConfigError, ElmdError
-from elmd.sweep import Job, Sweep, expand, launch, slots_for, sweepable, up_to_date, why
+from elmd.sweep.__main__ import main
+from elmd.sweep.expand import Job, expand, sweepable
+from elmd.sweep.run import Sweep, launch, slots_for
+from elmd.sweep.state import up_to_date, why
 
 GIVEN = ["data.path=x", "llm.path=x", "vision.path=x"]  # what no experiment can know
-
-#: What Hydra itself makes of a command line.
-HYDRA = """
-import json
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from elmd.cli import register, config_dir
-register()
-@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")
-def main(cfg):
-    print(json.dumps([HydraConfig.get().job.override_dirname, sorted(HydraConfig.get().overrides.task)]))
-main()
-"""
 
 
 @pytest.mark.parametrize(
@@ -48,15 +39,23 @@ main()
         ["ablation=none,no_v", "generate.seeds=[0,1],[2]", "threads=1", "prompt.emotion_end=': '", "launcher.slots=3"],
     ],
 )
-def test_jobs_are_those_of_hydra(arguments: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", HYDRA, "-m", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    theirs = dict(map(json.loads, done.stdout.splitlines()))
-    ours = {job.name: sorted(job.overrides) for job in expand(arguments)}
+def test_jobs_are_those_of_hydra(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs: dict[str, list[str]] = {}
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")
+    def note(_: Any) -> None:
+        job = HydraConfig.get()
+        theirs[job.job.override_dirname.replace("'", "_").replace(" ", "_")] = sorted(job.overrides.task)
+
+    register()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "-m", *arguments])
+    try:
+        note()
+    finally:
+        HydraConfig.instance().cfg = None  # or this process passes for a job of a sweep
     assert len(theirs) >= 2
-    plain = {name.replace("'", "_").replace(" ", "_"): overrides for name, overrides in theirs.items()}
-    assert ours == plain
+    assert {job.name: sorted(job.overrides) for job in expand(arguments)} == theirs
 
 
 def test_a_jobs_configuration_is_what_it_says() -> None:
@@ -98,7 +97,10 @@ def test_long_names_are_those_of_the_folders() -> None:
         (["experiment=table3_m3ed"], r"^job ablation=none experiment=table3_m3ed: data.path: data=m3ed has no source"),
         (["seed=0,1", "stage=erm"], r"^stage: a job of a sweep is trained and evaluated as a whole; leave it out"),
         (["seed=0,1", "predictions=a.jsonl"], r"^predictions: a job of a sweep is trained and evaluated as a whole"),
-        (["seed=0,1", "force=true"], r"^force: would take away what other jobs of the sweep are reading; make"),
+        (
+            ["seed=0,1", "force=true"],
+            r"^force: would take away what other jobs of the sweep are reading; run that stage again",
+        ),
         (["seed=0,1", "job=mine"], r"^job: names a sweep's jobs and is set by the launcher; leave job= out\.$"),
         (["seed=0,0"], r"^seed=0: two jobs would have this name: seed=0 and seed=0; leave out what does not tell"),
         (["threads=1,2"], r"^job: two jobs would have this name: threads=1 and threads=2; leave out"),
@@ -115,21 +117,21 @@ def test_a_bad_job_is_named(arguments: list[str], message: str) -> None:
 
 
 def test_every_experiment_that_is_a_sweep_expands() -> None:
-    jobs = {name: expand([f"experiment={name}", "seed=0", *GIVEN]) for name in sweepable()}
-    assert {name: len(found) for name, found in jobs.items()} == {
+    jobs_of = {name: expand([f"experiment={name}", "seed=0", *GIVEN]) for name in sweepable()}
+    assert {name: len(jobs) for name, jobs in jobs_of.items()} == {
         "table2_m3ed": 4, "table2_mmed": 4, "table3_m3ed": 6, "fig6_m3ed": 5, "frames_m3ed": 3,
         "demo_table2": 4, "demo_table3": 6, "demo_fig6": 5, "demo_frames": 3, "demo_claims": 6,
         "cped_table2": 4, "cped_table3": 4,
     }  # fmt: skip
-    for name, found in jobs.items():
-        assert {job.folder.parent for job in found} == {Path("runs/experiments") / name}
-        assert len({job.name for job in found}) == len(found)
+    for name, jobs in jobs_of.items():
+        assert {job.folder.parent for job in jobs} == {Path("runs/experiments") / name}
+        assert len({job.name for job in jobs}) == len(jobs)
         if not name.endswith(("m3ed", "mmed")):
-            assert all(job.cfg.generate.seeds == [0, 1, 2, 3, 4] for job in found), "five decode seeds"
+            assert all(job.cfg.generate.seeds == [0, 1, 2, 3, 4] for job in jobs), "five decode seeds"
     for real, demo in (("fig6_m3ed", "demo_fig6"), ("frames_m3ed", "demo_frames"), ("table3_m3ed", "demo_table3")):
-        assert [job.name for job in jobs[real]] == [job.name for job in jobs[demo]], "twins sweep over the same"
-    assert [job.cfg.erm.slots for job in jobs["fig6_m3ed"]] == [1, 2, 4, 8, 16]
-    assert [job.cfg.vision.frames for job in jobs["frames_m3ed"]] == [4, 8, 16]
+        assert [job.name for job in jobs_of[real]] == [job.name for job in jobs_of[demo]], "twins sweep over the same"
+    assert [job.cfg.erm.slots for job in jobs_of["fig6_m3ed"]] == [1, 2, 4, 8, 16]
+    assert [job.cfg.vision.frames for job in jobs_of["frames_m3ed"]] == [4, 8, 16]
 
 
 @pytest.mark.parametrize(
@@ -210,15 +212,15 @@ class Fake:
         return [line.split(" ") for line in self.notes.read_text().splitlines()] if self.notes.exists() else []
 
     def states(self) -> dict[str, dict[str, Any]]:
-        found = json.loads((self.folder / "sweep.json").read_text(encoding="utf-8"))
-        assert found["experiment"] == "fake"
-        return {state["job"]: state for state in found["jobs"]}
+        record = json.loads((self.folder / "sweep.json").read_text(encoding="utf-8"))
+        assert record["experiment"] == "fake"
+        return {state["job"]: state for state in record["jobs"]}
 
 
 def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
     def act(name: str, module: str) -> str:
         if (name, module) == ("b", "elmd.train"):
-            return "print('error: early'); print('error: data.path: is gone; mend it.', file=sys.stderr); code = 1"
+            return "print('error: early'); print('error: data.path: is gone; put it back.', file=sys.stderr); code = 1"
         return "code = 3" if (name, module) == ("c", "elmd.evaluate") else "print('fine')"
 
     fake = Fake(tmp_path, "abcd", act)
@@ -227,32 +229,22 @@ def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
     states = fake.states()
     assert {name: (s["status"], s["stage"], s["error"]) for name, s in states.items()} == {
         "a": ("done", None, None),
-        "b": ("failed", "train", "data.path: is gone; mend it."),
+        "b": ("failed", "train", "data.path: is gone; put it back."),
         "c": ("failed", "evaluate", "it ended with exit code 3 and no error of its own; see its log."),
         "d": ("done", None, None),
     }
-    assert set(states["a"]) == {
-        "job",
-        "overrides",
-        "system",
-        "seed",
-        "axes",
-        "status",
-        "stage",
-        "error",
-        "log",
-        "seconds",
-    }
+    keys = "job overrides system seed axes status stage error log seconds"
+    assert set(states["a"]) == set(keys.split())
     assert states["a"]["overrides"] == ["seed=a"]
-    assert (fake.folder / states["b"]["log"]).read_text().splitlines()[-1] == "error: data.path: is gone; mend it."
+    assert (fake.folder / states["b"]["log"]).read_text().splitlines()[-1] == "error: data.path: is gone; put it back."
     began = [(job, module) for _, what, job, module, _ in fake.noted() if what == "begin"]
     assert sorted(began) == [
         (n, m) for n in "abcd" for m in ("elmd.evaluate", "elmd.train") if (n, m) != ("b", "elmd.evaluate")
     ]
-    assert running.count("failed") == 2
+    assert running.record.count("failed") == 2
 
-    # Run again, mended: only what is not done runs, and its log keeps the earlier attempt.
-    fake.act = lambda name, module: "print('mended')"
+    # Run again, corrected: only what is not done runs, and its log keeps the earlier attempt.
+    fake.act = lambda name, module: "print('corrected')"
     fake.notes.unlink()
     fake.sweep(done="ad").run()
     assert {job for _, _, job, _, _ in fake.noted()} == {"b", "c"}
@@ -260,7 +252,7 @@ def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
     assert fake.states()["b"]["error"] is None
     assert fake.states()["a"]["seconds"] == states["a"]["seconds"], "what it took is not forgotten"
     text = (fake.folder / "logs" / "b.log").read_text()
-    assert text.index("error: data.path") < text.index("mended")
+    assert text.index("error: data.path") < text.index("corrected")
 
 
 @pytest.mark.parametrize("slots", [[(), (), ()], [("0",), ("1",)], [("0", "1"), ("4", "5")], [()]])
@@ -338,9 +330,9 @@ def test_a_stop_lets_jobs_save(
     for name in "ab":
         assert (fake.folder / "logs" / f"{name}.log").read_text().splitlines()[-1] == "saved"
     assert not (fake.folder / "logs" / "c.log").exists()
-    told = capsys.readouterr().err.splitlines()[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
     name = signal.Signals(number).name
-    assert told == f"stopped by {name}: 0 jobs done, 0 failed, 2 stopped, 1 not begun; run the same command to go on."
+    assert last == f"stopped by {name}: 0 jobs done, 0 failed, 2 stopped, 1 not begun; run the same command to resume."
 
 
 def test_a_second_stop_ends_jobs_at_once(tmp_path: Path) -> None:
@@ -363,19 +355,19 @@ def test_two_sweeps_keep_one_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reason"),
     [
         ("error: first.\nTraceback\nerror: x: last; do this.\nsubprocess.CalledProcessError: …\n", "x: last; do this."),
         ("CalledProcessError: Command … died with <Signals.SIGKILL: 9>.\n", "it was ended by SIGKILL (SIGKILL: mostly"),
         ("", "it ended with exit code 7 and no error of its own; see its log."),
     ],
 )
-def test_why_a_job_failed(text: str, told: str, tmp_path: Path) -> None:
+def test_why_a_job_failed(text: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text(earlier := "error: of an earlier attempt.\n")
     with path.open("a") as file:
         file.write(text)
-    assert why(path, len(earlier), 7).startswith(told)
+    assert why(path, len(earlier), 7).startswith(reason)
 
 
 def test_what_is_scored_is_not_run_again(tmp_path: Path) -> None:
@@ -404,63 +396,74 @@ def test_what_a_job_lacks_is_told_before_any_begins(tmp_path: Path) -> None:
         up_to_date(jobs)
 
 
-def command(*arguments: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "ELMD_DEBUG"}
-    return subprocess.run(
-        [sys.executable, "-m", "elmd.sweep", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        **more,
-    )
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `python -m elmd.sweep` in an empty folder; exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ELMD_DEBUG", raising=False)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code: Any = 0
+        try:
+            main(arguments)
+        except SystemExit as end:
+            code = end.code or 0
+        return (code, *capsys.readouterr())
+
+    return run
 
 
-def test_a_dry_run_lists_and_starts_nothing(tmp_path: Path) -> None:
-    done = command("experiment=demo_table3", "--dry-run", "ablation=none", "seed=0,1", "launcher.slots=2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+Command = Callable[..., tuple[int, str, str]]
+
+
+def test_a_dry_run_lists_and_starts_nothing(command: Command, tmp_path: Path) -> None:
+    code, out, err = command("experiment=demo_table3", "--dry-run", "ablation=none", "seed=0,1", "launcher.slots=2")
+    assert code == 0, err
+    lines = out.splitlines()
     assert len(lines) == 2 * 3
     assert lines[3] == "# ablation=none,seed=1"
     assert "-m elmd.train ablation=none experiment=demo_table3 seed=1 launcher.slots=2" in lines[4]
     assert "-m elmd.evaluate ablation=none" in lines[5]
-    assert "2 jobs of runs/experiments/demo_table3; nothing is started" in done.stderr
+    assert "2 jobs of runs/experiments/demo_table3; nothing is started" in err
     assert not any(tmp_path.iterdir())
 
 
-def test_mistakes_are_one_sentence_and_start_nothing(tmp_path: Path) -> None:
-    done = command("experiment=demo", "ablation=none,no_x", cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: job experiment=demo ablation=no_x: ablation: there is no choice 'no_x'")
-    assert len(done.stderr.splitlines()) == 1
+def test_mistakes_are_one_sentence_and_start_nothing(command: Command, tmp_path: Path) -> None:
+    code, _, err = command("experiment=demo", "ablation=none,no_x")
+    assert code == 1
+    assert err.startswith("error: job experiment=demo ablation=no_x: ablation: there is no choice 'no_x'")
+    assert len(err.splitlines()) == 1
     assert not any(tmp_path.iterdir())
 
 
-def test_help_has_examples_and_the_experiments(tmp_path: Path) -> None:
-    done = command("--help", cwd=tmp_path)
-    assert done.returncode == 0
-    for word in (
+def test_help_has_examples_and_the_experiments(command: Command) -> None:
+    code, out, _ = command("--help")
+    assert code == 0
+    for words in (
         "python -m elmd.sweep experiment=demo_table2 seed=0,1,2",
         "launcher.gpus=N",
         "table2_m3ed",
         "cped_table3",
     ):
-        assert word in done.stdout
+        assert words in out
     assert len(sweepable()) == 12
 
 
 @pytest.mark.slow
-def test_a_real_sweep(tmp_path: Path) -> None:
+def test_a_real_sweep(command: Command, tmp_path: Path) -> None:
     """Two jobs under accelerate launch, one of which cannot run, and then the same again."""
     small = [
         "experiment=demo", "vision=none", "retriever=none", "threads=1", "data.world.train=60", "data.world.valid=15",
         "data.world.test=30", "bootstrap.dialogues=100", "bootstrap.llm_steps=10", "eerg.steps=4",
         "generate.max_new_tokens=8", "prompt.max_prompt_tokens=200,12", "launcher.slots=2",
     ]  # fmt: skip
-    done = command(*small, cwd=tmp_path, timeout=300)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout == "artifact: runs/experiments/demo\n"
-    assert "error: 1 of 2 jobs failed; mend what their logs say and run it again." in done.stderr.splitlines()
+    code, out, err = command(*small)
+    assert code == 1, err
+    assert out == "artifact: runs/experiments/demo\n"
+    last = "error: 1 of 2 jobs failed; correct what their logs say and run the same command again."
+    assert last in err.splitlines()
     folder = tmp_path / "runs" / "experiments" / "demo"
     good, bad = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["jobs"]
     assert (good["status"], good["stage"], good["error"]) == ("done", None, None)
@@ -470,6 +473,6 @@ def test_a_real_sweep(tmp_path: Path) -> None:
     assert scores["n"] == 30
     assert (folder / good["job"] / "artifacts.json").is_file()
     assert not (folder / bad["job"] / "scores.json").exists()
-    again = command(*small[:-2], "prompt.max_prompt_tokens=200", "launcher.slots=2", cwd=tmp_path, timeout=100)
-    assert again.returncode == 0, again.stderr
-    assert "1 jobs, 1 of them up to date" in again.stderr
+    code, _, err = command(*small[:-2], "prompt.max_prompt_tokens=200", "launcher.slots=2")
+    assert code == 0, err
+    assert "1 jobs, 1 of them up to date" in err
