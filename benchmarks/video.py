@@ -11,6 +11,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -156,7 +157,7 @@ def encoding(folder: Path, small: bool, shape: VisionShape) -> Case:
     torch.manual_seed(0)
     encoder = VisionEncoder(shape).requires_grad_(False).eval()
     maker = ClipEncoder(
-        encoder, weights=folder, frames=FRAMES, sampling="uniform", decoder="decord", workers=1, timeout_s=60.0,
+        encoder=encoder, weights=folder, frames=FRAMES, sampling="uniform", decoder="decord", workers=1, timeout_s=60.0,
         batch_frames=64,
     )  # fmt: skip
     plan = maker.plan(samples)
@@ -190,10 +191,9 @@ def encoding(folder: Path, small: bool, shape: VisionShape) -> Case:
         return Way(name, run, facts)
 
     def ours(workers: int) -> dict[str, Tensor]:
-        maker.workers = workers
         with TemporaryDirectory(dir=folder) as new:
             writer = ShardWriter(Path(new), 0)
-            for key, result in maker.features(plan, sorted(plan.sources)):
+            for key, result in replace(maker, workers=workers).features(plan, sorted(plan.sources)):
                 assert isinstance(result, Tensor)
                 writer.add(key, result)
             writer.flush()

@@ -33,7 +33,7 @@ def maker(encoder: VisionEncoder | ResNetEncoder, **changes: Any) -> ClipEncoder
         "weights": Path("weights"), "frames": FRAMES, "sampling": "uniform", "decoder": "pyav", "workers": 1,
         "timeout_s": 20.0, "batch_frames": 2 * FRAMES,
     }  # fmt: skip
-    return ClipEncoder(encoder, **{**arguments, **changes})
+    return ClipEncoder(encoder=encoder, **{**arguments, **changes})
 
 
 def features(maker: ClipEncoder, samples: list[Sample]) -> tuple[Plan, dict[str, Tensor | ClipError]]:

@@ -10,8 +10,9 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -50,13 +51,12 @@ class FeatureMaker(Protocol):
 
     def plan(self, samples: Iterable[Sample]) -> Plan:
         """Which features these samples need."""
-        ...
 
     def features(self, plan: Plan, keys: Sequence[str]) -> Iterator[tuple[str, Tensor | ClipError]]:
         """The features [V, q] (float16, on the CPU) of these keys of a plan, or why a clip has none, in any order."""
-        ...
 
 
+@dataclass(frozen=True, kw_only=True)
 class ClipEncoder:
     """Makes features from clips; a key stands for content, span, encoder, frames, sampling and decoder.
 
@@ -64,7 +64,7 @@ class ClipEncoder:
     (VisualGLM, §4.2), drawn by the sample's id, so that a key also stands for the sample; with a ResNet a vector per
     frame [m, q] (Livebot). The last two are not pooled.
 
-    Args:
+    Attributes:
         weights: where `encoder` was loaded from, for messages.
         frames: m.
         decoder: "decord" or "pyav".
@@ -73,29 +73,27 @@ class ClipEncoder:
         batch_frames: frames per call of the encoder, at most.
     """
 
-    def __init__(
-        self,
-        encoder: VisionEncoder | ResNetEncoder,
-        *,
-        weights: Path,
-        frames: int,
-        sampling: Literal["uniform", "random"],
-        decoder: str,
-        workers: int,
-        timeout_s: float,
-        batch_frames: int,
-    ):
-        self.encoder, self.weights, self.frames, self.decoder = encoder, weights, frames, decoder
-        self.random = sampling == "random"
-        self.workers, self.timeout_s, self.batch_frames = workers, timeout_s, batch_frames
-        self._made_by = [encoder.fingerprint(), encoder.image_size, frames, str(sampling), decoder]
+    encoder: VisionEncoder | ResNetEncoder
+    weights: Path
+    frames: int
+    sampling: Literal["uniform", "random"]
+    decoder: str
+    workers: int
+    timeout_s: float
+    batch_frames: int
+
+    @cached_property
+    def _made_by(self) -> list[Any]:
+        """What a key stands for beside the clip."""
+        encoder = self.encoder
+        return [encoder.fingerprint(), encoder.image_size, self.frames, str(self.sampling), self.decoder]
 
     def plan(self, samples: Iterable[Sample]) -> Plan:
         """Which features these samples need; reads the content of every distinct clip."""
 
         def key(sample: Sample, clip: Clip, content: str) -> str:
-            own = [sample.id] if self.random else []
-            return digest([content, clip.start, clip.end, *self._made_by, *own])
+            drawn_by = [sample.id] if self.sampling == "random" else []
+            return digest([content, clip.start, clip.end, *self._made_by, *drawn_by])
 
         return make_plan(samples, lambda sample: sample.utterance.clip, key, "looking at clips")
 
@@ -106,14 +104,13 @@ class ClipEncoder:
             CheckpointError: the encoder's output is not finite.
             ElmdError: the decoder cannot run at all.
         """
-        drawn: dict[str, int] = {}  # which candidate frame, by key
-        if self.random:
-            drawn = {key: random.Random(id).randrange(CANDIDATES) for id, key in plan.keys.items() if key is not None}
+        one_frame = self.sampling == "random"
+        sample_of = {key: sample for sample, key in plan.keys.items() if key is not None}
         clips_per_batch = max(1, self.batch_frames // self.frames)
         batch: dict[str, np.ndarray] = {}
         decoding = decode_clips(
             [(key, plan.sources[key]) for key in keys],
-            frames=CANDIDATES if self.random else self.frames,
+            frames=CANDIDATES if one_frame else self.frames,
             size=self.encoder.image_size,
             decoder=self.decoder,
             workers=self.workers or spare_cores(),
@@ -126,7 +123,9 @@ class ClipEncoder:
                     logger.warning("clip lost: %s", result)
                     yield key, result
                     continue
-                batch[key] = result[drawn[key]][None] if self.random else result
+                if one_frame:
+                    result = result[[random.Random(sample_of[key]).randrange(CANDIDATES)]]
+                batch[key] = result
                 if len(batch) == clips_per_batch:
                     yield from self._encode(batch, plan)
                     batch = {}
@@ -152,7 +151,7 @@ class ClipEncoder:
         """What is kept of a clip's X [m, o, q], or of a ResNet's [m, q]."""
         if x.dim() == 2:
             return x
-        return x[0] if self.random else pool(x)
+        return x[0] if self.sampling == "random" else pool(x)
 
 
 def make_plan(
