@@ -25,7 +25,7 @@ from elmd.models.elmd import Elmd
 from elmd.models.llm import freeze
 from elmd.models.memory import step_memory
 from elmd.models.projector import Projector
-from elmd.training.tokens import TokenTask
+from elmd.training.tokens import ElmdObjective
 from elmd.vision.encoder import VisionShape
 
 REP_TARGET = 3  # an emotion word and the end of text
@@ -178,14 +178,14 @@ class Task:
         )  # fmt: skip
 
     def elmd(self, model: Elmd) -> Callable[[Sequence[int]], Iterator[Tensor]]:
-        task = TokenTask(
+        objective = ElmdObjective(
             model, {}, self.samples, Accelerator(cpu=self.llm.device.type == "cpu"), batch_size=self.scale.batch,
             micro_tokens=self.scale.micro_tokens, seed=0, evaluate=dict,
         )  # fmt: skip
 
         def parts(batch: Sequence[int]) -> Iterator[Tensor]:
-            for loss, _ in task.losses(batch, rank=0, world=1):
-                yield loss / task.weight(batch)
+            for loss, _ in objective.losses(batch, rank=0, world=1):
+                yield loss / objective.weight(batch)
 
         return parts
 

@@ -34,8 +34,9 @@ from elmd.models.llm import load_llm
 from elmd.models.projector import Projector
 from elmd.stages.parts import place
 from elmd.training import checkpoint
-from elmd.training.loop import Plan, fit
-from elmd.training.tokens import TokenTask, token_loss
+from elmd.training.loop import fit
+from elmd.training.plan import Plan
+from elmd.training.tokens import ElmdObjective, token_loss
 
 BUDGET = int(os.getenv("BUDGET", "300"))  # tokens per batch
 
@@ -56,7 +57,7 @@ class Messages(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class Task(TokenTask):
+class Objective(ElmdObjective):
     def losses(self, batch, rank, world):
         self.count = getattr(self, "count", 0) + 1
         if what == "kill=step" and self.count == int(at):
@@ -128,16 +129,16 @@ with messages:
     examples = [Examples(part, encoder, demonstrations, visual.get, "eerg", with_target=True) for part in parts]
 
     modules = {"projector": projector} if adapter is None else {"adapter": adapter, "projector": projector}
-    task = Task(
+    objective = Objective(
         model, modules, examples[0], accelerator, batch_size=8, micro_tokens=BUDGET, seed=0, evaluate=evaluate
     )  # fmt: skip
-    task.micro_batches = []
+    objective.micro_batches = []
     plan = Plan(
         rates={"adapter": 2e-2, "projector": 1e-3}, steps=steps, seed=0, select="loss", higher_is_better=False,
         evaluate_every=4, checkpoint_every=3, warmup=0.2,
     )  # fmt: skip
     trained = sum(p.numel() for module in modules.values() for p in module.parameters() if p.requires_grad)
-    guard(lambda: fit(task, plan, out, accelerator, "test"))
+    guard(lambda: fit(objective, plan, out, accelerator, "test"))
 
     if os.getenv("TELL"):
         messages.where = "generation"
@@ -148,7 +149,7 @@ with messages:
         )  # fmt: skip
         told = {
             "ids": [one for [one] in ids], "bytes": messages.bytes, "trained": trained, "steps": steps,
-            "micro_batches": task.micro_batches, "whole_bytes": whole_bytes, "local_bytes": local_bytes(llm),
+            "micro_batches": objective.micro_batches, "whole_bytes": whole_bytes, "local_bytes": local_bytes(llm),
         }  # fmt: skip
         (out / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
 

@@ -28,7 +28,7 @@ from elmd.stages import baseline as stage
 from elmd.stages import depends
 from elmd.stages import generate as writing
 from elmd.stages.base import Depends, Job
-from elmd.training.loop import Plan
+from elmd.training.plan import Plan
 from elmd.types import Sample
 from elmd.vision.store import index_of, read_shards, write_shard
 

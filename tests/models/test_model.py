@@ -43,8 +43,9 @@ from elmd.models.llm import load_llm
 from elmd.models.prefill import Prefill, read_prompt, read_text, run_opening
 from elmd.models.projector import Projector
 from elmd.training import checkpoint
-from elmd.training.loop import Plan, fit
-from elmd.training.tokens import TokenTask, token_loss
+from elmd.training.loop import fit
+from elmd.training.plan import Plan
+from elmd.training.tokens import ElmdObjective, token_loss
 from oracle import slow_loss, slow_reply
 
 PROMPT = Prompt(
@@ -351,12 +352,12 @@ def test_models_that_count_columns_get_no_holes(config: PretrainedConfig) -> Non
         lengths=[row.length for row in rows],
         batch=lambda at, split: collate([rows[i] for i in at], [visual[i] for i in at], split=split),
     )
-    task = TokenTask(
+    objective = ElmdObjective(
         model, {}, cast(Examples, data), Accelerator(cpu=True), batch_size=3, micro_tokens=400, seed=0, evaluate=dict,
     )  # fmt: skip
-    assert task.before is None, "all tokens run with gradient"
+    assert objective.before is None, "all tokens run with gradient"
     assert model.opening is None
-    found = sum(loss.item() for loss, _ in task.losses([0, 1, 2], 0, 1))
+    found = sum(loss.item() for loss, _ in objective.losses([0, 1, 2], 0, 1))
     wanted = [slow_loss(model, row, one) for row, one in zip(rows, visual, strict=True)]
     assert found == pytest.approx(sum(wanted).item(), rel=1e-5)
     holed = model.loss(collate(rows, visual, split=True)).sum().item()
@@ -401,7 +402,7 @@ def test_an_opening_is_run_once_and_changes_nothing(llm, encoder, monkeypatch: p
         fill(model, embeddings, *others)
 
     monkeypatch.setattr(prefill, "_fill", counted)
-    TokenTask(model, {}, data, Accelerator(cpu=True), batch_size=4, micro_tokens=400, seed=0, evaluate=dict)
+    ElmdObjective(model, {}, data, Accelerator(cpu=True), batch_size=4, micro_tokens=400, seed=0, evaluate=dict)
     opening = model.opening
     assert fills == [len(opening.ids)]
     assert all(tuple(row.before[: len(opening.ids)]) == opening.ids for row in data.rows)
@@ -429,7 +430,7 @@ def test_the_shapes_of_a_training_are_those_of_its_micro_batches(
 ) -> None:
     data, model = examples(encoder, name, samples=SEEN), build(llm, prefix=prefix)
     accelerator = cast(Accelerator, SimpleNamespace(num_processes=world, device=torch.device("cpu")))
-    task = TokenTask(model, {}, data, accelerator, batch_size=4, micro_tokens=400, seed=0, evaluate=dict)
+    objective = ElmdObjective(model, {}, data, accelerator, batch_size=4, micro_tokens=400, seed=0, evaluate=dict)
     seen = set()
     run = model.loss
 
@@ -438,12 +439,12 @@ def test_the_shapes_of_a_training_are_those_of_its_micro_batches(
         return run(micro)
 
     model.loss = loss  # type: ignore[method-assign]
-    batches = [batch for epoch in range(3) for batch in task.batches(epoch)][:-1]
+    batches = [batch for epoch in range(3) for batch in objective.batches(epoch)][:-1]
     for batch in batches:
         for rank in range(world):
-            list(task.losses(batch, rank, world))
+            list(objective.losses(batch, rank, world))
     assert len(seen) > 2
-    assert task.shapes(len(batches)) == seen
+    assert objective.shapes(len(batches)) == seen
 
 
 def test_shared_beginning_leaves_the_fewest_tokens() -> None:
@@ -530,15 +531,15 @@ def test_one_times_eight_equals_eight_times_one(llm, encoder) -> None:
     gradients = []
     for budget in (100_000, 1, 200):
         model, data = build(llm), examples(encoder)
-        task = TokenTask(
+        objective = ElmdObjective(
             model, {"adapter": model.adapter, "projector": model.projector}, data, Accelerator(cpu=True),
             batch_size=8, micro_tokens=budget, seed=0, evaluate=dict,
         )  # fmt: skip
-        batch = task.batches(0)[0]
-        losses = list(task.losses(batch, 0, 1))
+        batch = objective.batches(0)[0]
+        losses = list(objective.losses(batch, 0, 1))
         assert len(losses) == {100_000: 1, 1: 8}.get(budget, len(losses))
         for loss, _ in losses:
-            (loss / task.weight(batch)).backward()
+            (loss / objective.weight(batch)).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() / gradients[0].norm() < 1e-5
@@ -546,11 +547,13 @@ def test_one_times_eight_equals_eight_times_one(llm, encoder) -> None:
 
 def test_global_batches_cover_every_sample_once(llm, encoder) -> None:
     model, data = build(llm), examples(encoder)
-    task = TokenTask(model, {}, data, Accelerator(cpu=True), batch_size=5, micro_tokens=1, seed=0, evaluate=dict)
-    assert sorted(i for batch in task.batches(0) for i in batch) == list(range(len(data)))
-    assert task.batches(0) == task.batches(0)
-    assert task.batches(0) != task.batches(1)
-    assert task.weight([0, 1]) == len(data.rows[0].target) + len(data.rows[1].target)
+    objective = ElmdObjective(
+        model, {}, data, Accelerator(cpu=True), batch_size=5, micro_tokens=1, seed=0, evaluate=dict
+    )
+    assert sorted(i for batch in objective.batches(0) for i in batch) == list(range(len(data)))
+    assert objective.batches(0) == objective.batches(0)
+    assert objective.batches(0) != objective.batches(1)
+    assert objective.weight([0, 1]) == len(data.rows[0].target) + len(data.rows[1].target)
 
 
 def test_pack_keeps_the_budget_and_every_row() -> None:
@@ -673,14 +676,14 @@ def test_rep_moves_the_projector_and_nothing_else(llm_folder: Path, tmp_path: Pa
     encoder = Encoder(tokenizer, PROMPT, 200, 40)
     elmd = build((model, tokenizer), prefix=0)
     before = state_hash(elmd.llm), state_hash(elmd.projector)
-    task = TokenTask(
+    objective = ElmdObjective(
         elmd, {"projector": elmd.projector}, examples(encoder, "rep", samples=SEEN), Accelerator(cpu=True),
         batch_size=4, micro_tokens=300, seed=0, evaluate=lambda: {"score": 0.0},
     )  # fmt: skip
     plan = Plan({"projector": 1e-2}, 3, 0, "score", True, evaluate_every=3, checkpoint_every=3)
     elmd.train()
-    fit(task, plan, tmp_path, Accelerator(cpu=True), "REP")
-    checkpoint.load_latest(tmp_path / "checkpoints", task.modules, torch.optim.AdamW(elmd.projector.parameters()))
+    fit(objective, plan, tmp_path, Accelerator(cpu=True), "REP")
+    checkpoint.load_latest(tmp_path / "checkpoints", objective.modules, torch.optim.AdamW(elmd.projector.parameters()))
     assert state_hash(elmd.llm) == before[0]
     assert state_hash(elmd.projector) != before[1]
     assert all(not p.requires_grad and p.grad is None for p in elmd.llm.parameters())

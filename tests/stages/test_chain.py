@@ -158,7 +158,7 @@ def test_a_killed_stage_resumes_exactly(runs: Path, chain: dict[str, Path], stag
         partial = next((again / stage).glob("*.partial"))
         assert len(list((partial / "checkpoints").glob("step-????????"))) == 1
         done = run(again, f"stage={stage}")
-        assert "going on from the checkpoint of step 3" in " ".join(done.stderr.split())
+        assert "resuming from the checkpoint of step 3" in " ".join(done.stderr.split())
         found = artifacts(done)[stage]
         assert found.name == chain[stage].name
         first, second = load_file(chain[stage] / weights), load_file(found / weights)

@@ -137,8 +137,8 @@ def test_a_process_that_dies_ends_the_run_and_it_resumes_exactly(
     told_by_survivor = [line for line in done.stderr.splitlines() if "error: test" in line]
     assert len(told_by_survivor) == 1
     assert told_by_survivor[0].endswith(
-        f"error: test: another process of this run died at step {at_step}; see what it said itself, "
-        f"and run the same command to go on from {newest}."
+        f"error: test: another process of this run died at step {at_step}; see its own message, "
+        f"and run the same command to resume from {newest}."
     )
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{step:08d}"]
 

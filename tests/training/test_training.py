@@ -21,7 +21,8 @@ from elmd.engine.files import digest
 from elmd.engine.store import BEST, Store, read_manifest
 from elmd.errors import ArtifactError, CheckpointError, TrainingError
 from elmd.training import checkpoint
-from elmd.training.loop import Plan, fit, rate
+from elmd.training.loop import fit
+from elmd.training.plan import Plan
 
 SCRIPT = ROOT / "tests" / "fit_script.py"
 
@@ -101,7 +102,7 @@ def test_the_loop_leaves_what_it_promises(whole: Path) -> None:
 
 
 class Quadratic:
-    """A task whose loss can be made to fail."""
+    """An objective whose loss can be made to fail."""
 
     def __init__(self, value: float = 1.0):
         self.modules = {"w": nn.Linear(2, 1)}
@@ -146,47 +147,47 @@ def test_a_peer_that_dies_in_an_evaluation_costs_no_step(tmp_path: Path, error: 
     torch.manual_seed(0)
     whole = fit(Quadratic(), plan(), tmp_path / "whole", Accelerator(cpu=True), "test")
     torch.manual_seed(0)
-    task, found = Quadratic(), []
+    objective, calls = Quadratic(), []
 
     def evaluate():
-        found.append(None)
-        if len(found) == 3:  # after the start and step 2: that of step 4
+        calls.append(None)
+        if len(calls) == 3:  # after the start and step 2: that of step 4
             raise error
-        return Quadratic.evaluate(task)
+        return Quadratic.evaluate(objective)
 
-    task.evaluate = evaluate
+    objective.evaluate = evaluate
     with pytest.raises(
         TrainingError, match=r"another process of this run died at step 5; .* from step 4, which is saved"
     ):
-        fit(task, plan(), tmp_path / "cut", Accelerator(cpu=True), "test")
-    resumed = fit(task, plan(), tmp_path / "cut", Accelerator(cpu=True), "test")
+        fit(objective, plan(), tmp_path / "cut", Accelerator(cpu=True), "test")
+    resumed = fit(objective, plan(), tmp_path / "cut", Accelerator(cpu=True), "test")
     assert resumed.history == whole.history
-    assert len(found) == 3 + 2, "that of step 4 is made up for, then the last"
+    assert len(calls) == 3 + 2, "that of step 4 is made up for, then the last"
 
 
 def test_another_error_is_not_taken_for_a_lost_peer(tmp_path: Path) -> None:
-    task = Quadratic()
-    task.evaluate = lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match"))
+    objective = Quadratic()
+    objective.evaluate = lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        fit(task, plan(), tmp_path, Accelerator(cpu=True), "test")
+        fit(objective, plan(), tmp_path, Accelerator(cpu=True), "test")
 
 
 def test_steps_run_over_epochs_and_the_best_is_kept(tmp_path: Path) -> None:
-    task = Quadratic()
-    progress = fit(task, plan(), tmp_path, Accelerator(cpu=True), "test")
-    assert task.seen == [[0, 1], [2], [0, 1], [2], [0, 1]]
+    objective = Quadratic()
+    progress = fit(objective, plan(), tmp_path, Accelerator(cpu=True), "test")
+    assert objective.seen == [[0, 1], [2], [0, 1], [2], [0, 1]]
     assert [entry["step"] for entry in progress.history] == [0, 2, 4, 5]
     best = max(progress.history, key=lambda entry: entry["score"])
     assert (progress.best, progress.best_step) == (best["score"], best["step"])
-    assert task.evaluate()["score"] == pytest.approx(progress.best), "the best weights are left in the modules"
+    assert objective.evaluate()["score"] == pytest.approx(progress.best), "the best weights are left in the modules"
 
 
 def test_rates_rise_then_fall() -> None:
-    shape = [rate(step, plan(steps=10, warmup=0.2)) for step in range(10)]
+    shape = [plan(steps=10, warmup=0.2).factor(step) for step in range(10)]
     assert shape[:3] == [0.5, 1.0, 1.0]
     assert shape[2:] == sorted(shape[2:], reverse=True)
     assert shape[-1] == pytest.approx(1 / 8)
-    assert {rate(step, plan(decay=False)) for step in range(5)} == {1.0}
+    assert {plan(decay=False).factor(step) for step in range(5)} == {1.0}
 
 
 def test_checkpoints_of_another_shape_are_refused(tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ from elmd.log import logger
 from elmd.models.batched import map_samples
 from elmd.models.decode import Choose, greedy, nucleus, stream
 from elmd.training import loop
-from elmd.training.loop import Plan, Progress
-from elmd.training.tokens import PackedTask, token_loss
+from elmd.training.loop import Progress
+from elmd.training.plan import Plan
+from elmd.training.tokens import TokenObjective, token_loss
 from elmd.types import Sample
 
 VOCABULARY, CONFIG, WEIGHTS = "vocab.txt", "config.json", "model.safetensors"
@@ -308,7 +309,7 @@ def fit(
     def evaluate() -> dict[str, float]:
         return {"loss": token_loss(model, selection, micro_tokens, accelerator, "validation loss")}
 
-    task = PackedTask(
+    objective = TokenObjective(
         model,
         {"model": model},
         train,
@@ -319,7 +320,7 @@ def fit(
         evaluate=evaluate,
         before=train.before,
     )
-    return loop.fit(task, plan, folder, accelerator, what)
+    return loop.fit(objective, plan, folder, accelerator, what)
 
 
 def generate_all(

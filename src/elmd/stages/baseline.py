@@ -19,7 +19,7 @@ from elmd.data.samples import load_samples
 from elmd.log import table
 from elmd.stages.base import Job, Outcome
 from elmd.stages.depends import baseline_sees_video, frame_rows
-from elmd.training.loop import Plan
+from elmd.training.plan import Plan
 from elmd.types import Sample
 from elmd.vision.store import FeatureStore
 
@@ -38,17 +38,14 @@ def run(cfg: Config, job: Job) -> Outcome:
     rows = rows_for(cfg, model, vocabulary, video, width)
     learnt = rows(train, with_reply=True)
     selection = rows([s for s in samples if s.split == baseline.select_on], with_reply=True)
-    plan = Plan(
+    plan = Plan.of(
+        baseline,
         rates={"model": baseline.lr},
         steps=baseline.epochs * math.ceil(len(learnt) / baseline.batch_size),
         seed=cfg.seed,
         select="loss",
         higher_is_better=False,
         evaluate_every=baseline.evaluate_every,
-        checkpoint_every=baseline.checkpoint_every,
-        warmup=baseline.warmup,
-        weight_decay=baseline.weight_decay,
-        max_grad_norm=baseline.max_grad_norm,
     )
     done = fit(
         model,

@@ -18,8 +18,9 @@ from elmd.models.projector import Projector
 from elmd.stages.base import Job, Outcome
 from elmd.stages.depends import starts_from_rep
 from elmd.stages.parts import load_parts, place
-from elmd.training.loop import Plan, fit
-from elmd.training.tokens import TokenTask, token_loss
+from elmd.training.loop import fit
+from elmd.training.plan import Plan
+from elmd.training.tokens import ElmdObjective, token_loss
 
 
 def task_of(cfg: Config) -> Task:
@@ -69,7 +70,7 @@ def run(cfg: Config, job: Job) -> Outcome:
     def evaluate() -> dict[str, float]:
         return {"loss": token_loss(model, selection, cfg.eerg.micro_tokens, job.accelerator, "validation loss")}
 
-    task = TokenTask(
+    objective = ElmdObjective(
         model,
         trained,
         train,
@@ -79,20 +80,17 @@ def run(cfg: Config, job: Job) -> Outcome:
         seed=cfg.seed,
         evaluate=evaluate,
     )
-    model.checkpointing = parts.checkpointing(cfg, task, cfg.eerg.steps)
-    plan = Plan(
+    model.checkpointing = parts.checkpointing(cfg, objective, cfg.eerg.steps)
+    plan = Plan.of(
+        cfg.eerg,
         rates={"adapter": cfg.eerg.lr_adapter, "projector": cfg.eerg.lr_projector},
         steps=cfg.eerg.steps,
         seed=cfg.seed,
         select="loss",
         higher_is_better=False,
         evaluate_every=cfg.eerg.evaluate_every,
-        checkpoint_every=cfg.eerg.checkpoint_every,
-        warmup=cfg.eerg.warmup,
-        weight_decay=cfg.eerg.weight_decay,
-        max_grad_norm=cfg.eerg.max_grad_norm,
     )
-    done = fit(task, plan, job.folder, job.accelerator, "EERG")
+    done = fit(objective, plan, job.folder, job.accelerator, "EERG")
 
     if job.accelerator.is_main_process:
         parts.encoder.prompt.save(job.folder / "prompt.json")

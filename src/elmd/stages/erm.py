@@ -25,7 +25,8 @@ from elmd.metrics.retrieval import match_scores
 from elmd.retrieval.index import Index
 from elmd.retrieval.retriever import Tokens, add_separation, cut_texts, embed, encode, load_retriever, separation_of
 from elmd.stages.base import Job, Outcome, checkpoint_path
-from elmd.training.loop import Batch, Plan, fit
+from elmd.training.loop import Positions, fit
+from elmd.training.plan import Plan
 from elmd.types import Sample
 
 
@@ -62,17 +63,14 @@ def run(cfg: Config, job: Job) -> Outcome:
     # 2. Score, train, score again.
     tested = {split: splits[split] for split in ("valid", "test") if splits[split]}
     raw = {split: scores(model, splits["train"], queries) for split, queries in tested.items()}
-    plan = Plan(
+    plan = Plan.of(
+        cfg.erm,
         rates=dict.fromkeys(task.modules, cfg.erm.lr),
         steps=cfg.erm.epochs * len(per_epoch),
         seed=cfg.seed,
         select=f"emotion_match@1/{cfg.retriever.key.value}",
         higher_is_better=True,
         evaluate_every=len(per_epoch),
-        checkpoint_every=cfg.erm.checkpoint_every,
-        warmup=cfg.erm.warmup,
-        weight_decay=cfg.erm.weight_decay,
-        max_grad_norm=cfg.erm.max_grad_norm,
     )
     progress = fit(task, plan, job.folder, job.accelerator, "ERM")
     trained = {split: scores(model, splits["train"], queries) for split, queries in tested.items()}
@@ -158,13 +156,13 @@ class Erm:
         trained: dict[str, nn.Module | None] = {"encoder": model[0], "separation": self.separation}
         self.modules: Mapping[str, nn.Module] = {name: module for name, module in trained.items() if module is not None}
 
-    def batches(self, epoch: int) -> list[Batch]:
+    def batches(self, epoch: int) -> list[Positions]:
         return emotion_batches(self.labels, self.batch_size, self.seed, epoch)
 
-    def weight(self, batch: Batch) -> float:
+    def weight(self, batch: Positions) -> float:
         return 1.0
 
-    def losses(self, batch: Batch, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
+    def losses(self, batch: Positions, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
         self.model.train()
         sizes = [len(batch) // world + (r < len(batch) % world) for r in range(world)]
         start = sum(sizes[:rank])
@@ -173,7 +171,7 @@ class Erm:
         e_u, tokens = embed(self.model, self.tokens, mine)
         yield self.loss(gather_rows(e_u[: sizes[rank]], sizes, rank), batch) / world, tokens
 
-    def loss(self, e_u: Tensor, batch: Batch) -> Tensor:
+    def loss(self, e_u: Tensor, batch: Positions) -> Tensor:
         """Eq. 4 of a whole batch from its e_u [B, d]."""
         generator = None
         if self.one_positive:  # the same draw on every rank, and again after a resume
@@ -192,12 +190,12 @@ class Erm:
         found = scores(self.model, self.train, self.selection)["all"]
         return {f"emotion_{name}/{key}": found[key][name] for key in found for name in ("match@1", "match@5", "mrr")}
 
-    def lonely(self, batches: Sequence[Batch]) -> int:
+    def lonely(self, batches: Sequence[Positions]) -> int:
         """Anchors that have no sample of their emotion in their batch; eq. 2 leaves them out."""
         return sum([self.labels[i] for i in batch].count(self.labels[j]) == 1 for batch in batches for j in batch)
 
 
-def emotion_batches(labels: Sequence[int], size: int, seed: int, epoch: int) -> list[Batch]:
+def emotion_batches(labels: Sequence[int], size: int, seed: int, epoch: int) -> list[Positions]:
     """An epoch's batches: each sample once, no batch over `size`, and in each batch at least two of each emotion in it.
 
     Samples of one emotion are paired at random (an odd one makes a triple), and pairs are dealt to the batches so that

@@ -26,7 +26,7 @@ from elmd.models.memory import needs_checkpointing
 from elmd.models.sharding import shard, sharding
 from elmd.retrieval.demonstrations import DEMONSTRATIONS, load_demonstrations
 from elmd.stages.base import Job, checkpoint_path
-from elmd.training.tokens import TokenTask
+from elmd.training.tokens import ElmdObjective
 from elmd.types import Demonstration, Sample, Utterance
 from elmd.vision.store import FeatureStore
 
@@ -75,14 +75,14 @@ class Parts:
         features = self.features if video else no_features
         return Examples(samples, self.encoder, self.demonstrations, features, task, with_target=with_target)
 
-    def checkpointing(self, cfg: Config, task: TokenTask, steps: int) -> bool:
+    def checkpointing(self, cfg: Config, objective: ElmdObjective, steps: int) -> bool:
         """Whether to train with activation checkpointing: as told, or if the largest micro-batch would not fit."""
         if cfg.llm.checkpointing is not Checkpointing.auto:
             return cfg.llm.checkpointing is Checkpointing.always
-        model = task.model
+        model = objective.model
         needed = needs_checkpointing(
             self.llm.config,
-            task.shapes(steps),
+            objective.shapes(steps),
             device=self.llm.device,
             dtype=self.llm.dtype,
             trainables=sum(p.numel() for p in model.parameters() if p.requires_grad),

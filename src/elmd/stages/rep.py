@@ -21,8 +21,9 @@ from elmd.models.projector import Projector
 from elmd.plots import confusion
 from elmd.stages.base import Job, Outcome
 from elmd.stages.parts import Parts, load_parts, place
-from elmd.training.loop import Plan, fit
-from elmd.training.tokens import TokenTask
+from elmd.training.loop import fit
+from elmd.training.plan import Plan
+from elmd.training.tokens import ElmdObjective
 from elmd.types import Sample
 
 
@@ -50,7 +51,7 @@ def run(cfg: Config, job: Job) -> Outcome:
 
     steps = cfg.rep.epochs * math.ceil(len(train) / cfg.rep.batch_size)
     assert model.projector is not None
-    task = TokenTask(
+    objective = ElmdObjective(
         model,
         {"projector": model.projector},
         train,
@@ -60,23 +61,20 @@ def run(cfg: Config, job: Job) -> Outcome:
         seed=cfg.seed,
         evaluate=evaluate,
     )
-    free = sum(task.before or ())
+    free = sum(objective.before or ())
     if not model.allows_gaps:
         logger.warning("this language model counts columns, so all tokens run with gradient (no causal split)")
-    model.checkpointing = parts.checkpointing(cfg, task, steps)
-    plan = Plan(
+    model.checkpointing = parts.checkpointing(cfg, objective, steps)
+    plan = Plan.of(
+        cfg.rep,
         rates={"projector": cfg.rep.lr},
         steps=steps,
         seed=cfg.seed,
         select="accuracy",
         higher_is_better=True,
         evaluate_every=max(1, steps // cfg.rep.epochs),
-        checkpoint_every=cfg.rep.checkpoint_every,
-        warmup=cfg.rep.warmup,
-        weight_decay=cfg.rep.weight_decay,
-        max_grad_norm=cfg.rep.max_grad_norm,
     )
-    fit(task, plan, job.folder, job.accelerator, "REP")
+    fit(objective, plan, job.folder, job.accelerator, "REP")
     outcome = _finish(model, parts, cfg, job)
     outcome.metrics["share_of_tokens_without_gradient"] = free / sum(train.lengths)
     outcome.counts |= {"train": len(train), "train_without_clip": len(parts.split("train")) - len(train)}

@@ -2,16 +2,17 @@
 
 What makes its results independent of machine and interruption:
 
-- A *global* batch is a list of samples, a function of seed and epoch; the task cuts a rank's share into micro-batches.
+- A *global* batch is a list of samples, a function of seed and epoch; the objective cuts a rank's share of it into
+  micro-batches.
 - Each micro-batch's loss is a *sum*, divided by the weight N of the global batch (its number of target tokens), which
-  is known beforehand; gradients are then summed over ranks. So 1 x 8 = 8 x 1 micro-batches and 1 = 2 processes; a
+  is known beforehand; gradients are then summed over ranks. So 1 × 8 = 8 × 1 micro-batches and 1 = 2 processes; a
   mean of means would weigh short targets more.
 - Random numbers are reseeded for each step from (seed, step, rank), so step k draws the same whether or not the run
   was interrupted, and nothing about them needs saving.
-- Only what trains is reduced and saved. The frozen model is in no file, and in no message between processes but where
-  its weights are shared out (see `elmd.models.sharding`).
+- Only what trains is reduced and saved. The frozen model is in no file, and in no message between processes unless it
+  is FSDP-sharded (see `elmd.models.sharding`).
 
-When a process dies, the others cannot take another step: the first of them saves the last whole one, and all say so.
+When a process dies, the others cannot take another step: rank 0 saves the last whole one, and all report it.
 """
 
 from __future__ import annotations
@@ -37,57 +38,33 @@ from elmd.errors import TrainingError
 from elmd.log import bar, is_main, logger
 from elmd.plots import curves
 from elmd.training import checkpoint
+from elmd.training.plan import Plan
 
-Batch = Sequence[int]
+#: A batch by its samples: their positions in the objective's own list of training samples.
+Positions = Sequence[int]
 
 
-class Task(Protocol):
-    """What the loop trains. Batches are positions in the task's own list of training samples."""
+class Objective(Protocol):
+    """What the loop trains, and by which loss."""
 
     #: What trains, by the name it has in checkpoints.
     modules: Mapping[str, nn.Module]
 
-    def batches(self, epoch: int) -> list[Batch]:
+    def batches(self, epoch: int) -> list[Positions]:
         """The global batches of an epoch, equal on every rank."""
         ...
 
-    def weight(self, batch: Batch) -> float:
+    def weight(self, batch: Positions) -> float:
         """N: what the summed loss of the whole global batch is divided by."""
         ...
 
-    def losses(self, batch: Batch, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
+    def losses(self, batch: Positions, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
         """For each micro-batch of this rank's share: (summed loss, tokens run). Backward follows each at once."""
         ...
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the selection split, equal on every rank."""
         ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to train.
-
-    Attributes:
-        rates: learning rate of each of the task's modules, by name.
-        steps: optimizer steps in all; 0 only evaluates.
-        warmup: share of the steps with a linearly rising rate; after it the rate falls linearly to 0 (`decay`) or
-            stays.
-        select, higher_is_better: the metric of `Task.evaluate` that chooses the best checkpoint.
-        evaluate_every, checkpoint_every: in steps.
-    """
-
-    rates: Mapping[str, float]
-    steps: int
-    seed: int
-    select: str
-    higher_is_better: bool
-    evaluate_every: int
-    checkpoint_every: int
-    warmup: float = 0.0
-    decay: bool = True
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
 
 
 @dataclass
@@ -100,18 +77,11 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def rate(step: int, plan: Plan) -> float:
-    """Factor on the learning rates at a step, counted from 0."""
-    warm = math.ceil(plan.warmup * plan.steps)
-    if step < warm:
-        return (step + 1) / warm
-    return (plan.steps - step) / max(1, plan.steps - warm) if plan.decay else 1.0
+def fit(objective: Objective, plan: Plan, folder: Path, accelerator: Accelerator, what: str) -> Progress:
+    """Train `objective` by `plan`; continues from the newest checkpoint in `folder`.
 
-
-def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: str) -> Progress:
-    """Train `task` by `plan`; continues from the newest checkpoint in `folder`.
-
-    Leaves `metrics.jsonl`, TensorBoard events and `curves.png` in `folder`, and the best weights in the task's modules;
+    Leaves `metrics.jsonl`, TensorBoard events and `curves.png` in `folder`, and the best weights in the objective's
+    modules;
     checkpoints and `best.safetensors` stay until the stage's result is finished.
 
     Raises:
@@ -119,34 +89,34 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
         SystemExit: 143 after SIGTERM, with a checkpoint written.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in task.modules.items()}
+    trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in objective.modules.items()}
     parameters = [p for group in trained.values() for p in group]
     optimizer = torch.optim.AdamW(
         [{"params": group, "lr": plan.rates[name]} for name, group in trained.items()], weight_decay=plan.weight_decay
     )
 
-    saved = checkpoint.load_latest(folder / CHECKPOINTS, task.modules, optimizer)
+    saved = checkpoint.load_latest(folder / CHECKPOINTS, objective.modules, optimizer)
     progress = Progress(**saved) if saved else Progress()
     if saved:
-        logger.info("%s: going on from the checkpoint of step %d of %d", what, progress.step, plan.steps)
+        logger.info("%s: resuming from the checkpoint of step %d of %d", what, progress.step, plan.steps)
     journal = Journal(folder, progress.step) if is_main() else None
     stop = StopFlag()
     shown = bar(what, total=plan.steps, initial=progress.step, unit="step")
 
     try:
         if _due(progress, plan):  # at the start; or the run ended within an evaluation
-            _evaluate(task, plan, progress, folder, journal)
+            _evaluate(objective, plan, progress, folder, journal)
         started = time.perf_counter()
-        for step, batch in itertools.islice(_stream(task, progress.step), plan.steps - progress.step):
+        for step, batch in itertools.islice(_stream(objective, progress.step), plan.steps - progress.step):
             # 1. Rates and random numbers of this step.
             for group, name in zip(optimizer.param_groups, trained, strict=True):
-                group["lr"] = plan.rates[name] * rate(step, plan)
+                group["lr"] = plan.rates[name] * plan.factor(step)
             torch.manual_seed((plan.seed * 1_000_003 + step) * 4096 + rank)
 
             # 2. Gradient of this rank's share, micro-batch by micro-batch, then the sum over ranks.
-            weight = task.weight(batch)
+            weight = objective.weight(batch)
             loss, tokens = torch.zeros((), device=device), 0
-            for micro_loss, micro_tokens in task.losses(batch, rank, world):
+            for micro_loss, micro_tokens in objective.losses(batch, rank, world):
                 (micro_loss / weight).backward()
                 loss, tokens = loss + micro_loss.detach().float() / weight, tokens + micro_tokens
             total = torch.stack(
@@ -169,7 +139,7 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
             optimizer.zero_grad(set_to_none=True)
             progress.step = step + 1
 
-            # 4. Tell.
+            # 4. Log.
             seconds, started = time.perf_counter() - started, time.perf_counter()
             if journal:
                 journal.write(
@@ -188,32 +158,34 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
 
             # 5. Evaluate, keep the best, save.
             if _due(progress, plan):
-                _evaluate(task, plan, progress, folder, journal)
+                _evaluate(objective, plan, progress, folder, journal)
                 started = time.perf_counter()
             stopping = total[2].item() > 0
             if is_main() and (stopping or progress.step % plan.checkpoint_every == 0):
-                checkpoint.save(folder / CHECKPOINTS, progress.step, task.modules, optimizer, vars(progress))
+                checkpoint.save(folder / CHECKPOINTS, progress.step, objective.modules, optimizer, vars(progress))
             if stopping:
-                logger.warning("%s: stopped by a signal at step %d; run the same command to go on", what, progress.step)
+                logger.warning(
+                    "%s: stopped by a signal at step %d; run the same command to resume", what, progress.step
+                )
                 raise SystemExit(143)
     except RuntimeError as error:
         if not peer_died(error):
             raise
-        told = "the newest checkpoint"
+        newest = "the newest checkpoint"
         if is_main() and progress.step > 0:
-            checkpoint.save(folder / CHECKPOINTS, progress.step, task.modules, optimizer, vars(progress))
-            told = f"step {progress.step}, which is saved"
+            checkpoint.save(folder / CHECKPOINTS, progress.step, objective.modules, optimizer, vars(progress))
+            newest = f"step {progress.step}, which is saved"
         shown.close()
         raise TrainingError(
             f"another process of this run died at step {progress.step + 1}",
             where=what,
-            fix=f"see what it said itself, and run the same command to go on from {told}",
+            fix=f"see its own message, and run the same command to resume from {newest}",
         ) from error
 
     shown.close()
     stop.restore()
     accelerator.wait_for_everyone()
-    checkpoint.load_tensors(folder / BEST, task.modules)
+    checkpoint.load_tensors(folder / BEST, objective.modules)
     if journal:
         journal.close()
         curves(folder / "metrics.jsonl", folder / "curves.png", title=what)
@@ -221,26 +193,24 @@ def fit(task: Task, plan: Plan, folder: Path, accelerator: Accelerator, what: st
 
 
 def reduce_gradients(parameters: Sequence[nn.Parameter], extra: Tensor, world: int) -> None:
-    """Sum gradients and the vector `extra` over ranks, in one message; ranks with no gradient count as zero."""
+    """Sum gradients and the vector `extra` [E] over ranks, in one message; a rank without a gradient adds zero."""
     if world == 1:
         return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([extra.float(), *(p.grad.float().flatten() for p in parameters if p.grad is not None)])
+    gradients = [p.grad for p in parameters if p.grad is not None]  # each of its parameter's shape; G numbers in all
+    flat = torch.cat([extra.float(), *(gradient.float().flatten() for gradient in gradients)])  # [E + G]
     dist.all_reduce(flat)
-    extra.copy_(flat[: len(extra)])
-    offset = len(extra)
-    for parameter in parameters:
-        assert parameter.grad is not None
-        parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
-        offset += parameter.numel()
+    sizes = [len(extra), *(gradient.numel() for gradient in gradients)]
+    for target, part in zip([extra, *gradients], flat.split(sizes), strict=True):
+        target.copy_(part.view_as(target))
 
 
 def peer_died(error: RuntimeError) -> bool:
     """Whether an error is a collective that another process did not take part in any more, as it is gone.
 
-    NCCL's errors have a class; gloo's are told by the source file that they name.
+    NCCL's errors have a class; gloo's are recognised by the source file that they name.
     """
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
@@ -252,11 +222,11 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _stream(task: Task, start: int) -> Iterator[tuple[int, Batch]]:
-    """(step, global batch) from step `start` on, epoch after epoch."""
+def _stream(objective: Objective, start: int) -> Iterator[tuple[int, Positions]]:
+    """(step, global batch) from step `start`, epoch after epoch."""
     step = 0
     for epoch in itertools.count():
-        batches = task.batches(epoch)
+        batches = objective.batches(epoch)
         if not batches:
             raise TrainingError("there is no training sample", fix="look at the counts that stage=prepare printed")
         if step + len(batches) > start:
@@ -272,16 +242,16 @@ def _due(progress: Progress, plan: Plan) -> bool:
     return now and not any(entry["step"] == progress.step for entry in progress.history)
 
 
-def _evaluate(task: Task, plan: Plan, progress: Progress, folder: Path, journal: Journal | None) -> None:
+def _evaluate(objective: Objective, plan: Plan, progress: Progress, folder: Path, journal: Journal | None) -> None:
     """Evaluate; write the trained tensors to `best.safetensors` if they are the best so far."""
-    metrics = task.evaluate()
+    metrics = objective.evaluate()
     value = metrics[plan.select]
     progress.history.append({"step": progress.step, **metrics})
     better = progress.best is None or (value > progress.best if plan.higher_is_better else value < progress.best)
     if better:
         progress.best, progress.best_step = value, progress.step
         if is_main():
-            checkpoint.save_tensors(folder / BEST, checkpoint.tensors(task.modules))
+            checkpoint.save_tensors(folder / BEST, checkpoint.tensors(objective.modules))
     if journal:
         journal.write(progress.step, {f"valid/{key}": number for key, number in metrics.items()})
         shown = "  ".join(f"{key} {number:.4g}" for key, number in metrics.items())

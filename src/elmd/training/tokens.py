@@ -17,10 +17,10 @@ from elmd.models.batched import Batchable, map_samples
 from elmd.models.elmd import Elmd
 from elmd.models.prefill import run_opening
 from elmd.models.sharding import in_step, pass_cost, sharding
-from elmd.training.loop import Batch
+from elmd.training.loop import Positions
 
 
-class Writer(Protocol):
+class TokenModel(Protocol):
     """A model of target tokens."""
 
     def loss(self, batch: Any) -> Tensor:
@@ -32,15 +32,15 @@ class Writer(Protocol):
     def eval(self) -> Any: ...
 
 
-class Targets(Batchable[Any], Protocol):
+class TokenSamples(Batchable[Any], Protocol):
     """Samples with target tokens."""
 
-    def targets(self, positions: Sequence[int]) -> int:
+    def targets(self, positions: Positions) -> int:
         """Number of target tokens of the samples at `positions`."""
         ...
 
 
-class PackedTask:
+class TokenObjective:
     """Samples drawn at random into global batches, each run as length-sorted micro-batches under a token budget.
 
     Args:
@@ -49,14 +49,14 @@ class PackedTask:
         micro_tokens: tokens per micro-batch, padding included; changes memory and speed, not gradients.
         evaluate: metrics on the selection split.
         before: how many of each sample's tokens are padded apart from the others (see `bin_pack`).
-        by: what of each sample is sorted by, so that like ones come together; None: its length.
+        by: what of each sample is sorted by, so that micro-batches are of like samples; None: its length.
     """
 
     def __init__(
         self,
-        model: Writer,
+        model: TokenModel,
         modules: Mapping[str, nn.Module],
-        examples: Targets,
+        examples: TokenSamples,
         accelerator: Accelerator,
         *,
         batch_size: int,
@@ -70,66 +70,61 @@ class PackedTask:
         self.batch_size, self.micro_tokens, self.seed, self.evaluate = batch_size, micro_tokens, seed, evaluate
         self.before, self.by = before, examples.lengths if by is None else by
 
-    def batches(self, epoch: int) -> list[Batch]:
+    def batches(self, epoch: int) -> list[Positions]:
         order = list(range(len(self.examples)))
         random.Random(f"{self.seed}-{epoch}").shuffle(order)
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
-    def weight(self, batch: Batch) -> float:
+    def weight(self, batch: Positions) -> float:
         return float(self.examples.targets(batch))
 
-    def losses(self, batch: Batch, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
+    def losses(self, batch: Positions, rank: int, world: int) -> Iterator[tuple[Tensor, int]]:
         self.model.train()
         lengths = self.examples.lengths
         for positions, counts in in_step(self.shares(batch, world), rank, level=sharding(self.accelerator)):
             micro = self.micro_batch(positions).to(self.accelerator.device)
             yield self.model.loss(micro).sum() * counts, sum(lengths[i] for i in positions) * counts
 
-    def shares(self, batch: Batch, world: int) -> list[list[list[int]]]:
+    def shares(self, batch: Positions, world: int) -> list[list[list[int]]]:
         """The micro-batches of each rank."""
         order, cost = sorted(batch, key=lambda i: (self.by[i], i)), pass_cost(self.accelerator)
         return [
-            bin_pack(self.examples.lengths, order[one::world], self.micro_tokens, before=self.before, cost=cost)
-            for one in range(world)
+            bin_pack(self.examples.lengths, order[rank::world], self.micro_tokens, before=self.before, cost=cost)
+            for rank in range(world)
         ]
 
-    def micro_batch(self, positions: Sequence[int]) -> Any:
+    def micro_batch(self, positions: Positions) -> Any:
         return self.examples.batch(positions)
 
 
-class TokenTask(PackedTask):
+class ElmdObjective(TokenObjective):
     """ELMD's: without an adapter only the projector trains, and the tokens before the slots run without gradient.
 
-    Not in a language model that bears no holes in the middle of a row: there all tokens run with gradient.
+    Not in a language model that allows no gaps in a row: there all tokens run with gradient.
     """
 
     model: Elmd
     examples: Examples
 
     def __init__(
-        self,
-        model: Elmd,
-        modules: Mapping[str, nn.Module],
-        examples: Examples,
-        accelerator: Accelerator,
-        **how: Any,
+        self, model: Elmd, modules: Mapping[str, nn.Module], examples: Examples, accelerator: Accelerator, **how: Any
     ):
         before = after = None
         if model.adapter is None and model.allows_gaps:
-            before = [len(row.before) for row in examples.rows]
-            # What runs with gradient costs twice as much as what does not, and is what is kept.
-            after = [length - head for length, head in zip(examples.lengths, before, strict=True)]
             prompts = [row.before for row in examples.rows]
+            before = [len(prompt) for prompt in prompts]
+            # What runs with gradient costs twice as much as what does not.
+            after = [length - head for length, head in zip(examples.lengths, before, strict=True)]
             pairs = zip(min(prompts), max(prompts), strict=False)  # what the first and the last share, all between do
             opening = [first for first, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
             model.opening = run_opening(model, opening)
         super().__init__(model, modules, examples, accelerator, before=before, by=after, **how)
 
-    def micro_batch(self, positions: Sequence[int]) -> Any:
+    def micro_batch(self, positions: Positions) -> Any:
         return self.examples.batch(positions, split=self.before is not None)
 
     def shapes(self, steps: int) -> set[Shape]:
-        """Those of all micro-batches of a training, on all ranks: batches are drawn by the seed, so they are known."""
+        """Those of a training's micro-batches on all ranks; batches follow from the seed, so none has to be run."""
         batches = islice(chain.from_iterable(map(self.batches, count())), steps)
         return {
             self.examples.shape(positions, split=self.before is not None)
@@ -140,7 +135,7 @@ class TokenTask(PackedTask):
 
 
 @torch.no_grad()
-def token_loss(model: Writer, examples: Targets, budget: int, accelerator: Accelerator, what: str) -> float:
+def token_loss(model: TokenModel, examples: TokenSamples, budget: int, accelerator: Accelerator, what: str) -> float:
     """Mean negative log-likelihood per target token over all `examples`."""
     model.eval()
     losses = map_samples(examples, budget, accelerator, what, lambda batch, _: model.loss(batch).tolist())
