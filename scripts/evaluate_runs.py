@@ -27,9 +27,10 @@ from elmd.errors import DataError, ElmdError
 from elmd.evaluation.comparison import compare_systems, reference_of
 from elmd.evaluation.comparison_tables import score_table, write_comparison
 from elmd.evaluation.jobs import ARTIFACTS, PREDICTIONS
+from elmd.evaluation.predictions import read_predictions
 from elmd.evaluation.runs import read_experiment
-from elmd.evaluation.score import read_predictions, score
-from elmd.evaluation.tables import GROUPS, group_table, write_tables
+from elmd.evaluation.score import score
+from elmd.evaluation.score_tables import GROUPS, group_table, score_document
 from elmd.metrics.text import PROTOCOLS
 
 
@@ -103,7 +104,7 @@ def compare(folders: Sequence[Path], others: Mapping[str, Path], protocols: Sequ
             failed[f"comparison of {folder.name}"] = str(error)
             continue
         written = write_comparison(out, comparison, title=f"Systems of {experiment.name}", stem=stem)
-        columns, rows = score_table(comparison, protocols[0], intervals=None)
+        columns, rows = score_table(comparison, protocols[0])
         log.table(f"{experiment.name}, {protocols[0]}", columns, [[str(cell) for cell in row] for row in rows])
         for one in comparison.missing:
             log.logger.warning("missing: %s, seed %s: %s", one["system"], one["seed"], one["why"])
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed[name] = str(error)
     folders = [folder for path in paths if path.is_dir() for folder in experiments(path)]
     failed |= compare(list(dict.fromkeys(folders)), others, protocols, args.out)
-    written = write_tables(args.out, scores, title="Evaluated runs", failed=failed) if scores else []
+    written = score_document(scores, title="Evaluated runs", failed=failed).write(args.out, "scores") if scores else []
     for group in GROUPS:
         columns, rows = group_table(scores, group)
         if rows and group in protocols:

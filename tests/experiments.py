@@ -9,7 +9,7 @@ from typing import Any
 
 from conftest import make_samples
 from elmd.data.samples import save_samples
-from elmd.evaluation.score import Prediction, write_predictions
+from elmd.evaluation.predictions import Prediction, write_predictions
 from elmd.labels import Emotion
 
 EMOTIONS = list(Emotion)

@@ -9,8 +9,8 @@ from typing import Any
 
 from elmd.data.samples import save_samples
 from elmd.engine.files import write_json
-from elmd.evaluation.score import Prediction, write_predictions
-from elmd.human.score import checksum
+from elmd.evaluation.predictions import Prediction, write_predictions
+from elmd.human.ratings import checksum
 from elmd.human.study import FORMAT
 from elmd.labels import Emotion
 from elmd.types import Clip, Sample, Utterance

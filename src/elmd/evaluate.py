@@ -26,7 +26,7 @@ def evaluate(cfg: Config, accelerator: Accelerator) -> None:
 
     from elmd.data.samples import load_samples
     from elmd.evaluation.jobs import PREDICTIONS
-    from elmd.evaluation.score import read_predictions
+    from elmd.evaluation.predictions import read_predictions
     from elmd.evaluation.systems import system_name
     from elmd.stages.chain import Chain
 
@@ -77,7 +77,7 @@ def evaluate(cfg: Config, accelerator: Accelerator) -> None:
 
 def score_file(path: Path, folder: Path) -> None:
     """Score one predictions file into a folder of its name; the floors that need a training split are left out."""
-    from elmd.evaluation.score import read_predictions
+    from elmd.evaluation.predictions import read_predictions
 
     write_scores({path.stem: read_predictions(path)}, None, folder / path.stem, {"predictions": path.name})
     print(f"artifact: {folder / path.stem}", flush=True)
@@ -87,13 +87,13 @@ def write_scores(systems: dict[str, Any], responses: list[str] | None, folder: P
     """Score, write `scores.json` and the tables into `folder`, and show the first of them."""
     from elmd.engine.files import write_json
     from elmd.evaluation.score import score_all
-    from elmd.evaluation.tables import group_table, with_floors, write_tables
+    from elmd.evaluation.score_tables import group_table, score_document, with_floors
 
     logger.info("scoring %s", ", ".join(systems))
     scores = {**about, **score_all(systems, responses)}
     write_json(folder / "scores.json", scores)
     rows = with_floors(scores)
-    written = write_tables(folder, rows, title=f"Scores of {folder.name}", notes=NOTES)
+    written = score_document(rows, title=f"Scores of {folder.name}", notes=NOTES).write(folder, "scores")
     for group in ("paper", "emotion"):
         columns, cells = group_table(rows, group)
         if columns:

@@ -22,7 +22,7 @@ from elmd.config import BaselineConfig, BootstrapText
 from elmd.data.samples import save_samples
 from elmd.engine.files import write_json
 from elmd.errors import CheckpointError, ConfigError
-from elmd.evaluation.score import read_predictions
+from elmd.evaluation.predictions import read_predictions
 from elmd.models.decode import greedy, nucleus, stream
 from elmd.stages import baseline as stage
 from elmd.stages import depends

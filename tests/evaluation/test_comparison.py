@@ -17,27 +17,15 @@ import torch
 
 from elmd.data.samples import load_samples
 from elmd.errors import ArtifactError, DataError
-from elmd.evaluation.comparison import (
-    DIFFERS,
-    NOISE,
-    TOO_FEW,
-    Comparison,
-    compare_systems,
-    reference_of,
-)
-from elmd.evaluation.comparison_tables import (
-    comparison_csv,
-    comparison_latex,
-    comparison_markdown,
-    score_table,
-    verdict_table,
-    write_comparison,
-)
+from elmd.evaluation.comparison import Comparison, compare_systems, reference_of
+from elmd.evaluation.comparison_tables import comparison_document, score_table, verdict_table, write_comparison
 from elmd.evaluation.cost import coefficient_points, search_cost
 from elmd.evaluation.paired import emotion_metrics
+from elmd.evaluation.predictions import Prediction, write_predictions
 from elmd.evaluation.runs import Experiment, read_experiment
-from elmd.evaluation.score import Prediction, score, write_predictions
+from elmd.evaluation.score import score
 from elmd.evaluation.significance import holm, welch
+from elmd.evaluation.verdicts import DIFFERS, NOISE, TOO_FEW
 from elmd.labels import Emotion
 from elmd.metrics.emotion import emotion_scores
 from elmd.retrieval.index import Index
@@ -158,7 +146,7 @@ def test_a_floor_above_a_system_is_said(tmp_path: Path) -> None:
     found = compare_systems(read_experiment(tmp_path / "experiments" / "demo"), "ELMD", ["paper"])
     assert found.row("ELMD").cells["paper"]["rouge1_char"].floor == "floor: retrieval only"
     assert any("ELMD does not beat floor: retrieval only in " in warning for warning in found.warnings)
-    columns, rows = score_table(found, "paper", intervals=None)
+    columns, rows = score_table(found, "paper")
     assert str(rows[0][columns.index("rouge1_char")]).endswith("†")
 
 
@@ -274,7 +262,7 @@ def test_json_is_all_of_it(comparison: Comparison, tmp_path: Path) -> None:
 
 
 def test_markdown_names_everything(comparison: Comparison) -> None:
-    md = comparison_markdown(comparison, "Ours & theirs")
+    md = comparison_document(comparison, "Ours & theirs").markdown
     cell = comparison.row("w/o SSC").cells["paper"]["meteor_char"]
     assert f" {cell.mean:.2f} ± {cell.sd:.2f}° [{cell.low:.2f}, {cell.high:.2f}] | 9.183 |" in md
     best = comparison.row(NASTY).cells["paper"]["meteor_char"]
@@ -290,7 +278,10 @@ def test_markdown_names_everything(comparison: Comparison) -> None:
 
 
 def test_csv_has_full_precision(comparison: Comparison) -> None:
-    rows = {(row["system"], row["metric"]): row for row in csv.DictReader(io.StringIO(comparison_csv(comparison)))}
+    rows = {
+        (row["system"], row["metric"]): row
+        for row in csv.DictReader(io.StringIO(comparison_document(comparison, "T").csv))
+    }
     cell = comparison.row("w/o ERM").cells["paper"]["bleu4_char"]
     row = rows["w/o ERM", "bleu4_char"]
     assert (float(row["mean"]), float(row["sd"]), float(row["low"])) == (cell.mean, cell.sd, cell.low)
@@ -303,7 +294,7 @@ def test_csv_has_full_precision(comparison: Comparison) -> None:
 
 
 def test_latex_is_whole_and_escaped(comparison: Comparison) -> None:
-    tex = comparison_latex(comparison, "100% of {all}")
+    tex = comparison_document(comparison, "100% of {all}").latex
     assert tex.startswith("% needs \\usepackage{booktabs}")
     tables = re.findall(r"\\begin\{table\}.*?\\end\{table\}", tex, re.DOTALL)
     assert len(tables) == tex.count(r"\begin{table}") == tex.count(r"\end{tabular}") == 5  # paper 2, emotion 2, surface

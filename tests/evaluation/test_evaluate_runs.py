@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from elmd.evaluation.score import Prediction, read_predictions, score, write_predictions
+from elmd.evaluation.predictions import Prediction, read_predictions, write_predictions
+from elmd.evaluation.score import score
 from experiments import config, job, predictions
 
 SCRIPT = ROOT / "scripts" / "evaluate_runs.py"

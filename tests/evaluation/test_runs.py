@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from elmd.errors import ArtifactError, DataError
+from elmd.evaluation.predictions import Prediction, write_predictions
 from elmd.evaluation.runs import Missing, read_experiment
-from elmd.evaluation.score import Prediction, write_predictions
 from elmd.evaluation.systems import system_name
 from experiments import config, job, predictions
 

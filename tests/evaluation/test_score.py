@@ -13,21 +13,10 @@ import pytest
 from elmd.errors import DataError
 from elmd.evaluation import score as scoring
 from elmd.evaluation.paired import compare_metrics
-from elmd.evaluation.score import (
-    Prediction,
-    by_seed_of,
-    common_floor,
-    measure,
-    pool,
-    random_floor,
-    read_predictions,
-    retrieval_floor,
-    score,
-    score_all,
-    write_predictions,
-)
+from elmd.evaluation.predictions import Prediction, by_seed_of, read_predictions, write_predictions
+from elmd.evaluation.score import common_floor, measure, pool, random_floor, retrieval_floor, score, score_all
+from elmd.evaluation.score_tables import group_table, score_document, with_floors
 from elmd.evaluation.significance import holm
-from elmd.evaluation.tables import csv_text, group_table, latex, markdown, with_floors, write_tables
 from elmd.labels import Emotion
 from elmd.metrics import text
 
@@ -255,7 +244,8 @@ def test_tables_hold_the_scores(scores: dict[str, Any], tmp_path: Path) -> None:
     assert list(rows) == [
         "full_model & 50%", "a|b", "floor: random response", "floor: most common reply", "floor: retrieval only",
     ]  # fmt: skip
-    paths = write_tables(tmp_path, rows, title="Scores", notes=["CPED, valid."], failed={"x": "x:3: is\nnot JSON."})
+    document = score_document(rows, title="Scores", notes=["CPED, valid."], failed={"x": "x:3: is\nnot JSON."})
+    paths = document.write(tmp_path, "scores")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scores.csv", "scores.md", "scores.tex"]
     md = paths[0].read_text(encoding="utf-8")
     plain = scores["systems"]["a|b"]
@@ -273,7 +263,7 @@ def test_tables_hold_the_scores(scores: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_csv_has_full_precision(scores: dict[str, Any]) -> None:
-    first, second, *_ = csv.DictReader(io.StringIO(csv_text(with_floors(scores))))
+    first, second, *_ = csv.DictReader(io.StringIO(score_document(with_floors(scores), title="t").csv))
     full, plain = scores["systems"].values()
     assert first["system"] == "full_model & 50%"
     assert float(first["strict/chrf_char"]) == full["strict"]["chrf_char"]
@@ -283,7 +273,7 @@ def test_csv_has_full_precision(scores: dict[str, Any]) -> None:
 
 
 def test_latex_is_escaped_and_whole(scores: dict[str, Any]) -> None:
-    tex = latex(with_floors(scores), title="100% of {all}")
+    tex = score_document(with_floors(scores), title="100% of {all}").latex
     assert r"full\_model \& 50\% & 6 & " in tex
     assert r"a\textbar{}b & 6" in tex
     assert r"\caption{100\% of \{all\}. Protocol paper (characters, $\times$ 100)}" in tex
@@ -293,7 +283,7 @@ def test_latex_is_escaped_and_whole(scores: dict[str, Any]) -> None:
     for command in ("toprule", "midrule", "bottomrule", "end{table}"):
         assert tex.count(f"\\{command}") == tex.count(r"\begin{table}") == 5
     assert tex.count("{") == tex.count("}")
-    odd = latex({r"a\b~c^d#$<>": scores["systems"]["a|b"]}, title="t")
+    odd = score_document({r"a\b~c^d#$<>": scores["systems"]["a|b"]}, title="t").latex
     assert r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\#\$\textless{}\textgreater{} & 6" in odd
 
 
@@ -305,4 +295,4 @@ def test_a_missing_group_is_a_dash_or_no_row(scores: dict[str, Any]) -> None:
     assert group_table({"mine": score([Prediction("a", "好", "好")], ["paper"])}, "emotion") == ([], [])
     _, surface = group_table({"mine": score([Prediction("a", "好", "好")], ["paper"])}, "surface")
     assert surface[0][-2:] == ["–", "–"]
-    assert "Could not" not in markdown(rows, title="t")
+    assert "Could not" not in score_document(rows, title="t").markdown

@@ -21,10 +21,12 @@ from sklearn.metrics import cohen_kappa_score
 import clips
 from elmd.errors import DataError
 from elmd.evaluation.paper import paper_kappa, paper_table
-from elmd.evaluation.score import Prediction, write_predictions
+from elmd.evaluation.predictions import Prediction, write_predictions
 from elmd.human.__main__ import main
-from elmd.human.score import checksum, kappas, latex, markdown, read_key, read_ratings, score, write_result
+from elmd.human.ratings import checksum, read_key, read_ratings
+from elmd.human.score import kappas, score
 from elmd.human.study import GROUND_TRUTH, draw, gather, write_study
+from elmd.human.tables import human_document, write_result
 from elmd.types import Sample, Utterance
 from human_study import make_experiment, make_samples, rate, reply, write_ratings
 
@@ -397,7 +399,7 @@ def test_known_ratings_give_the_known_table(study: Study, tmp_path: Path) -> Non
     assert json.loads(paths[0].read_text()) == result
     lines = list(csv.DictReader(paths[2].open()))
     assert [(line["system"], float(line["R1"])) for line in lines] == [(name, r1) for name, (r1, _) in means.items()]
-    assert "| ELMD | 8 | 4.500 |" in markdown(result)
+    assert "| ELMD | 8 | 4.500 |" in human_document(result).markdown
 
 
 def test_a_rater_s_choice_follows_the_response_not_its_place(study: Study, tmp_path: Path) -> None:
@@ -461,14 +463,14 @@ def test_three_raters_give_each_pair_and_the_mean(tmp_path: Path) -> None:
     assert pairs[1, 2] == 1
     assert pairs[1, 3] == pairs[2, 3] == pytest.approx(0)
     assert result["kappa"]["R1"]["unweighted"] == pytest.approx(1 / 3)
-    assert "| mean |" in markdown(result)
+    assert "| mean |" in human_document(result).markdown
 
 
 def test_one_rater_has_no_kappa(study: Study, tmp_path: Path) -> None:
     _, key = study
     result = score(key, [rate(key, 2, by_system(ELMD=4), tmp_path / "2.json")])
     assert result["kappa"]["R1"] == {"pairs": [], "unweighted": None, "quadratic": None}
-    assert "| one only | – | – | – | – |" in markdown(result)
+    assert "| one only | – | – | – | – |" in human_document(result).markdown
     assert any("1 of 2 raters' files" in text for text in result["warnings"])
 
 
@@ -501,7 +503,7 @@ def test_the_paper_s_table_stands_beside_ours(tmp_path: Path, data: str, told: b
     assert {name: one["R1"]["paper"] for name, one in result["systems"].items()} == {
         name: table.printed[name]["R1"] for name in ("DialoGPT", "ELMD", GROUND_TRUTH)
     }
-    text = markdown(result)
+    text = human_document(result).markdown
     assert f"| ELMD | 4 | 4.000 | 4.00–4.00 | – | {table.printed['ELMD']['R1']} |" in text
     assert f"is {paper_kappa('M3ED'):.2f} (§5.2)" in text
     assert (f"other data ({data}): no yardstick" in text) == told
@@ -512,7 +514,8 @@ def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
     write_predictions(tmp_path / "t.jsonl", [Prediction(s.id, "x", s.response.text) for s in samples])
     pool = gather([str(make_experiment(tmp_path, samples)), f"50%_A&B={tmp_path / 't.jsonl'}"])
     key = write_study(tmp_path / "s", pool, n=4, raters=2, seed=0)
-    text = latex(score(key, [rate(key, i, by_system(ELMD=4), tmp_path / f"{i}.json") for i in (1, 2)]))
+    result = score(key, [rate(key, i, by_system(ELMD=4), tmp_path / f"{i}.json") for i in (1, 2)])
+    text = human_document(result).latex
     assert r"50\%\_A\&B" in text
     assert text.count(r"\begin{") == text.count(r"\end{") == 4
     assert text.count("{") == text.count("}")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from elmd.errors import DataError
-from elmd.human.score import read_ratings, score
+from elmd.human.ratings import read_ratings
+from elmd.human.score import score
 from elmd.human.study import gather, write_study
 from human_study import make_experiment, make_samples
 

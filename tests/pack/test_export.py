@@ -27,7 +27,7 @@ from elmd.config import AdapterKind, Config, Decoder, VisionKind, plain
 from elmd.data.samples import save_samples
 from elmd.engine.files import write_json
 from elmd.errors import ArtifactError, CheckpointError, ClipError, ConfigError, DataError
-from elmd.evaluation.score import read_predictions
+from elmd.evaluation.predictions import read_predictions
 from elmd.export import main
 from elmd.models.adapter import Adapter, Lora, Prefix
 from elmd.models.elmd import Elmd

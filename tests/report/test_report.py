@@ -21,11 +21,12 @@ from elmd.data.audit import audit
 from elmd.data.samples import save_samples
 from elmd.errors import DataError
 from elmd.evaluation.comparison import compare_systems
+from elmd.evaluation.predictions import Prediction, write_predictions
 from elmd.evaluation.runs import read_experiment
-from elmd.evaluation.score import Prediction, write_predictions
+from elmd.evaluation.tables import p_text
 from elmd.labels import EMOTIONS
 from elmd.metrics.emotion import emotion_scores
-from elmd.report import findings, results, svg
+from elmd.report import findings, results, svg, sweeps
 from elmd.report.__main__ import main, report
 from elmd.report.embeddings import clouds
 from elmd.report.gallery import pick
@@ -271,7 +272,7 @@ def test_numbers_are_those_of_the_comparison_and_link_to_their_runs(runs: Path, 
     cell = row[table.columns.index("bleu4_char")]
     score = comparison.row("w/o REP").cells["paper"]["bleu4_char"]
     assert cell.text == f"{score.mean:.2f} ± {score.sd:.2f}"
-    assert f"p {results.p_text(score.p_holm)}" in cell.small
+    assert f"p {p_text(score.p_holm)}" in cell.small
     assert cell.href == "#runs-0-1"
     assert [one.text for one in row[1]] == ["0", "1"]
     assert [unquote(one.href) for one in row[1]] == [
@@ -367,11 +368,11 @@ def test_a_sweep_of_s_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = experiment(tmp_path, "fig6", {("none", 0): 0, ("none", 1): 1}, erm__slots=values, retriever__key="e_u")
     found = read_experiment(folder)
     comparison = compare_systems(found, "ELMD, s = 4")
-    (plots,) = results.sweep(comparison, found, "erm.slots")
+    (plots,) = sweeps.sweep(comparison, found, "erm.slots")
     assert [name for _, name in plots.legend] == ["BLEU-4", "METEOR / 10", "ROUGE-L / 10"]
     assert plots.title.startswith("Fig. 6")
     assert "what is noise is not known" in plots.note
-    assert results.sweep(comparison, found, "vision.frames") == []
+    assert sweeps.sweep(comparison, found, "vision.frames") == []
 
 
 def test_a_single_run_without_rep_or_video(tmp_path: Path) -> None:
@@ -432,7 +433,7 @@ def test_human_evaluation(tmp_path: Path) -> None:
     assert (out / "human.tex").read_text() == "table"
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "human.json").write_text("{")
-    with pytest.raises(DataError, match=r"human\.json: cannot be read"):
+    with pytest.raises(DataError, match=r"human\.json: is not JSON"):
         report([str(folder)], human=tmp_path / "broken", out=tmp_path / "none", cases=0)
     assert not (tmp_path / "none").exists(), "nothing half-written"
 

@@ -47,30 +47,31 @@ def compare_metrics(
     return result
 
 
+def mean_metric(values: np.ndarray) -> Metric:
+    """The mean of values [n], one per sample, as a metric that can be resampled and tested."""
+    return Metric(np.stack([values, np.ones_like(values)], axis=1), lambda sums: sums[:, 0] / sums[:, 1], mean=True)
+
+
 def emotion_metrics(gold: Sequence[Emotion | None], predicted: Sequence[Emotion | None]) -> dict[str, Metric]:
     """Accuracy and weighted F1 of emotions as metrics that can be resampled; fractions, not × 100.
 
     Samples without a gold emotion are left out, so all systems must be given the same ones. A missing prediction is
-    wrong. Empty where no gold emotion is known, or none was ever predicted: such a system was not asked to.
+    wrong. Empty where no sample has a gold emotion, or none was ever predicted: such a system was not asked to.
     """
-    known = [(g, p) for g, p in zip(gold, predicted, strict=True) if g is not None]
-    if not known or all(p is None for _, p in known):
+    pairs = [(g, p) for g, p in zip(gold, predicted, strict=True) if g is not None]
+    if not pairs or all(p is None for _, p in pairs):
         return {}
-    right = np.array([g == p for g, p in known], dtype=np.float64)
-    marks = np.zeros((len(known), 3, len(EMOTIONS)))  # gold, named, and both, by emotion
-    for row, (g, p) in zip(marks, known, strict=True):
+    right = np.array([g == p for g, p in pairs], dtype=np.float64)
+    marks = np.zeros((len(pairs), 3, len(EMOTIONS)))  # gold, named, and both, by emotion
+    for row, (g, p) in zip(marks, pairs, strict=True):
         row[0, INDEX[g]] = 1
         if p is not None:
             row[1, INDEX[p]] = 1
             row[2, INDEX[g]] = g == p
     return {
-        "accuracy": Metric(np.stack([right, np.ones_like(right)], axis=1), _share, mean=True),
-        "weighted_f1": Metric(marks.reshape(len(known), -1), _weighted_f1, mean=False),
+        "accuracy": mean_metric(right),
+        "weighted_f1": Metric(marks.reshape(len(pairs), -1), _weighted_f1, mean=False),
     }
-
-
-def _share(sums: np.ndarray) -> np.ndarray:
-    return sums[:, 0] / sums[:, 1]
 
 
 def _weighted_f1(sums: np.ndarray) -> np.ndarray:

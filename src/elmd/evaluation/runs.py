@@ -14,7 +14,7 @@ from elmd.data.samples import load_samples
 from elmd.engine.store import read_manifest
 from elmd.errors import ArtifactError, DataError
 from elmd.evaluation.jobs import ARTIFACTS, PREDICTIONS, JobFolder, read_sweep
-from elmd.evaluation.score import Prediction, check_same, read_predictions, references_of
+from elmd.evaluation.predictions import Prediction, check_same, read_predictions, references_of
 from elmd.evaluation.systems import FULL, SHOWN, differing, kind_of, position, settings_of, with_labels
 from elmd.log import logger
 from elmd.types import Sample

@@ -1,6 +1,7 @@
-"""Result tables as Markdown, CSV and LaTeX, always made from score objects, never typed.
+"""The one writer of tables: others hand it columns, rows and notes, and it makes Markdown, CSV and LaTeX of them.
 
-Layout and escapes of every table are here: `markdown_table` and `latex_table` take plain text, whoever wrote it.
+HTML is made of the same objects by the report's template. Layout and escapes are here; the text of a cell is plain,
+whoever wrote it.
 """
 
 from __future__ import annotations
@@ -8,187 +9,149 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from elmd.engine.files import write_text
-from elmd.metrics.text import MEANING, PROTOCOLS
 
-#: What each table of a file holds, in this order; a group that no system has is left out.
-GROUPS: dict[str, str] = {
-    "paper": "Protocol `paper` (characters, × 100)",
-    "strict": "Protocol `strict` (sacrebleu zh, × 100)",
-    "chatglm": "Protocol `chatglm` (jieba words, × 100)",
-    "surface": "What the responses look like (shares in [0, 1])",
-    "emotion": "Emotion of the response (fractions)",
-}
-Scores = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Bold:
-    """Text of a cell that stands out."""
-
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-
-CellText = str | Bold
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[CellText]]) -> str:
-    """A Markdown table of escaped text, the first column left, the others right."""
-    lines: list[Sequence[CellText]] = [columns, *rows]
-    told = ["| " + " | ".join(_markdown_cell(cell) for cell in line) + " |" for line in lines]
-    return "\n".join([told[0], "| --- |" + " ---: |" * (len(columns) - 1), *told[1:]])
-
-
-def latex_table(columns: Sequence[str], rows: Sequence[Sequence[CellText]], caption: str) -> str:
-    """A booktabs table of escaped text, the first column left, the others right; needs `\\usepackage{booktabs}`."""
-    return "\n".join(
-        [
-            r"\begin{table}[t]",
-            r"\centering",
-            rf"\caption{{{latex_escape(caption)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
-            r"\toprule",
-            " & ".join(latex_escape(column) for column in columns) + r" \\",
-            r"\midrule",
-            *(" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-    )
-
+#: Where a row has no such number.
+NONE = "–"
 
 #: First line of every LaTeX file.
 LATEX_NEEDS = "% needs \\usepackage{booktabs}, and ctex where names are Chinese\n"
 
 
-def digits(group: str, metric: str) -> int:
-    """Decimals that a score is shown with."""
-    return 2 if group in PROTOCOLS or metric == "length_char" else 4
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A table's cell; plain text stands for one without the rest.
 
-
-def with_floors(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The rows of a table from the content of scores.json: systems, then floors by the name `floor: …`."""
-    signatures = {"signatures": scores.get("signatures", {})}
-    rows = {**scores["systems"], **{f"floor: {name}": floor for name, floor in scores["floors"].items()}}
-    return {name: {**signatures, **row} for name, row in rows.items()}
-
-
-def group_table(scores: Scores, group: str) -> tuple[list[str], list[list[str]]]:
-    """Columns and formatted rows of one group; a dash where a system lacks the score. Empty if none has the group."""
-    names = _metrics(scores, group)
-    rows = [
-        [system, str(one["n"]), *(_cell(one, group, name) for name in names)]
-        for system, one in scores.items()
-        if group in one
-    ]
-    return (["system", "n", *names], rows) if rows else ([], [])
-
-
-def markdown(scores: Scores, *, title: str, notes: Sequence[str] = (), failed: Mapping[str, str] | None = None) -> str:
-    """One table per group with the meaning of its metrics, then notes, then what could not be scored (name -> why)."""
-    parts = [f"# {title}"]
-    for group, heading in GROUPS.items():
-        columns, rows = group_table(scores, group)
-        if not rows:
-            continue
-        parts.append(f"## {heading}")
-        parts.append(markdown_table(columns, rows))
-        parts.append("\n".join(f"- `{name}`: {MEANING[name]}" for name in columns if name in MEANING))
-    if any("sd" in one for one in scores.values()):
-        notes = [*notes, "Scores with ± are means over decode seeds with their standard deviation."]
-    signatures = {name: text for one in scores.values() for name, text in one.get("signatures", {}).items()}
-    notes = [*notes, *(f"`{name}`: `{text}`" for name, text in signatures.items())]
-    if notes:
-        parts.append("\n".join(f"- {note}" for note in notes))
-    if failed:
-        parts.append("## Could not be scored")
-        parts.append("\n".join(f"- {markdown_escape(name)}: {markdown_escape(why)}" for name, why in failed.items()))
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def csv_text(scores: Scores) -> str:
-    """One row per system in full precision: `group/metric`, and its `_sd`, `_low`, `_high` where they are known."""
-    rows = []
-    for system, one in scores.items():
-        row: dict[str, Any] = {"system": system, "n": one["n"]}
-        for group in GROUPS:
-            for name in _metrics(scores, group):
-                key = f"{group}/{name}"
-                row[key] = one.get(group, {}).get(name)
-                if (sd := one.get("sd", {}).get(group, {}).get(name)) is not None:
-                    row[f"{key}_sd"] = sd
-                if (interval := one.get("intervals", {}).get(group, {}).get(name)) is not None:
-                    row[f"{key}_low"], row[f"{key}_high"] = interval
-        rows.append(row)
-    columns = list(dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns or ["system", "n"], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def latex(scores: Scores, *, title: str) -> str:
-    """One booktabs table per group."""
-    tables = []
-    for group, heading in GROUPS.items():
-        columns, rows = group_table(scores, group)
-        if rows:
-            tables.append(latex_table(columns, rows, f"{title}. {heading}".replace("`", "")))
-    return LATEX_NEEDS + "\n\n".join(tables) + "\n"
-
-
-def write_tables(
-    folder: Path,
-    scores: Scores,
-    *,
-    title: str,
-    stem: str = "scores",
-    notes: Sequence[str] = (),
-    failed: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Write `<stem>.md`, `.csv` and `.tex` into `folder`, each atomically, and return their paths.
-
-    Args:
-        scores: what `elmd.evaluation.score.score` gives, by system; of a scores.json, `with_floors(it)`.
-        notes: sentences under the Markdown tables.
-        failed: what could not be scored: name -> why; listed in Markdown.
+    Attributes:
+        href: where its number comes from. hint: shown on hovering. shade: 0 … 1, how dark the ground is; None: plain.
+            These three are for HTML only.
+        small: a second, smaller line (or lines): beside the text in Markdown, in a row below in LaTeX.
+        strong: bold.
     """
-    texts = {
-        "md": markdown(scores, title=title, notes=notes, failed=failed),
-        "csv": csv_text(scores),
-        "tex": latex(scores, title=title),
-    }
-    paths = [folder / f"{stem}.{ending}" for ending in texts]
-    for path, text in zip(paths, texts.values(), strict=True):
-        write_text(path, text)
-    return paths
+
+    text: str
+    href: str | None = None
+    hint: str | None = None
+    shade: float | None = None
+    small: str | None = None
+    strong: bool = False
+
+    def __str__(self) -> str:
+        return self.text
 
 
-def _metrics(scores: Scores, group: str) -> list[str]:
-    """Names of a group's plain scores, in the order of the system that has most of them."""
-    found = sorted((one[group] for one in scores.values() if group in one), key=len, reverse=True)
-    names = dict.fromkeys(name for one in found for name, value in one.items() if not isinstance(value, dict))
-    return [name for name in names if name != "n"]  # every table opens with n
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of cells under columns, the first column naming the row.
+
+    Attributes:
+        rows: of each a Cell, text, or (for HTML only) several of them.
+        title: the heading above it, with backticks where Markdown has code; a Markdown file has it at `level`.
+        notes: sentences below it.
+        caption: in LaTeX.
+        groups: for HTML only, a heading above the row of that index. prose: likewise, cells are sentences: they wrap,
+            and begin at the left.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    title: str = ""
+    notes: Sequence[str] = ()
+    caption: str = ""
+    level: int = 2
+    groups: Mapping[int, str] = field(default_factory=dict)
+    prose: bool = False
+    kind: ClassVar[str] = "table"
+
+    @property
+    def markdown(self) -> str:
+        """Title, table (the first column left, the others right) and notes."""
+        rule = "| --- |" + " ---: |" * (len(self.columns) - 1)
+        head, *body = ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in (self.columns, *self.rows)]
+        table = "\n".join([head, rule, *body])
+        heading = f"{'#' * self.level} {self.title}" if self.title else ""
+        return "\n\n".join(filter(None, [heading, table, bullets(self.notes)]))
+
+    @property
+    def latex(self) -> str:
+        """A booktabs table, the first column left, the others right."""
+        lines = [" & ".join(map(latex_escape, self.columns)) + r" \\", r"\midrule"]
+        for row in self.rows:
+            lines.append(" & ".join(map(_latex_cell, row)) + r" \\")
+            below = [cell.small or "" if isinstance(cell, Cell) else "" for cell in row]
+            if any(below):
+                lines.append(" & ".join(map(latex_escape, below)) + r" \\")
+        return "\n".join(
+            [
+                r"\begin{table}[t]",
+                r"\centering",
+                rf"\caption{{{latex_escape(self.caption.replace('`', ''))}}}",
+                rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+                r"\toprule",
+                *lines,
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+            ]
+        )
 
 
-def _cell(one: Mapping[str, Any], group: str, name: str) -> str:
-    value = one[group].get(name)
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return str(value)
-    places = digits(group, name)
-    sd = one.get("sd", {}).get(group, {}).get(name)
-    return f"{value:.{places}f}" if sd is None else f"{value:.{places}f} ± {sd:.{places}f}"
+@dataclass(frozen=True)
+class Document:
+    """Tables with the text around them, as files of one name.
+
+    Attributes:
+        parts: in order: tables, and paragraphs in Markdown that only the Markdown file has.
+        records: the rows of the CSV file, in full precision; a key that some lack is left empty there.
+    """
+
+    title: str
+    parts: Sequence[str | Table]
+    records: Sequence[Mapping[str, Any]]
+
+    @property
+    def markdown(self) -> str:
+        parts = [part if isinstance(part, str) else part.markdown for part in self.parts]
+        return "\n\n".join(filter(None, [f"# {self.title}", *parts])) + "\n"
+
+    @property
+    def latex(self) -> str:
+        return LATEX_NEEDS + "\n\n".join(part.latex for part in self.parts if isinstance(part, Table)) + "\n"
+
+    @property
+    def csv(self) -> str:
+        columns = dict.fromkeys(key for record in sorted(self.records, key=len, reverse=True) for key in record)
+        out = io.StringIO()
+        writer = csv.DictWriter(out, list(columns), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.records)
+        return out.getvalue()
+
+    def write(self, folder: Path, stem: str) -> list[Path]:
+        """Write `<stem>.md`, `.csv` and `.tex` into `folder`, each atomically, and return their paths."""
+        texts = {"md": self.markdown, "csv": self.csv, "tex": self.latex}
+        for ending, text in texts.items():
+            write_text(folder / f"{stem}.{ending}", text)
+        return [folder / f"{stem}.{ending}" for ending in texts]
+
+
+def bullets(sentences: Sequence[str]) -> str:
+    """Sentences in Markdown as a list."""
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def p_text(p: float | None) -> str:
+    """A p-value as papers print it."""
+    return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def interval_text(low: float | None, high: float | None, places: int, scale: float = 1) -> str | None:
+    """An interval in brackets, None where there is none."""
+    return None if low is None or high is None else f"[{scale * low:.{places}f}, {scale * high:.{places}f}]"
 
 
 def markdown_escape(text: str) -> str:
@@ -196,8 +159,11 @@ def markdown_escape(text: str) -> str:
     return "".join(f"\\{character}" if character in "\\|*<`" else character for character in " ".join(text.split()))
 
 
-def _markdown_cell(cell: CellText) -> str:
-    return f"**{markdown_escape(cell.text)}**" if isinstance(cell, Bold) else markdown_escape(cell)
+def _markdown_cell(cell: str | Cell) -> str:
+    if isinstance(cell, str):
+        return markdown_escape(cell)
+    text = markdown_escape(f"{cell.text} {cell.small}" if cell.small else cell.text)
+    return f"**{text}**" if cell.strong else text
 
 
 #: Brackets and stars too: after the end of a row, LaTeX takes them for an option of it.
@@ -214,5 +180,6 @@ def latex_escape(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def _latex_cell(cell: CellText) -> str:
-    return rf"\textbf{{{latex_escape(cell.text)}}}" if isinstance(cell, Bold) else latex_escape(cell)
+def _latex_cell(cell: str | Cell) -> str:
+    text = latex_escape(str(cell))
+    return rf"\textbf{{{text}}}" if isinstance(cell, Cell) and cell.strong else text

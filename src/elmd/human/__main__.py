@@ -15,17 +15,19 @@ from pathlib import Path
 
 from elmd import log
 from elmd.cli import guard
-from elmd.human import score as scoring
+from elmd.human.ratings import read_key
+from elmd.human.score import score
 from elmd.human.study import KEY, gather, write_study
+from elmd.human.tables import kappa_rows, notes, rows, write_result
 
 
-def sample(args: argparse.Namespace) -> None:
+def sample_command(args: argparse.Namespace) -> None:
     pool = gather(args.paths)
     key = write_study(args.out, pool, n=args.n, raters=args.raters, seed=args.seed)
     log.table(
         "What is rated",
         ["system", "training seed", "decode seed", "predictions"],
-        [(name, one["seed"], one["decode_seed"], one["path"]) for name, one in key["systems"].items()],
+        [(name, system["seed"], system["decode_seed"], system["path"]) for name, system in key["systems"].items()],
     )
     log.logger.info(
         "%d dialogues (%d with pictures) for %d raters; send out the pages, and keep %s to yourself",
@@ -34,12 +36,12 @@ def sample(args: argparse.Namespace) -> None:
     print(f"artifact: {args.out}", flush=True)
 
 
-def score(args: argparse.Namespace) -> None:
-    result = scoring.score(scoring.read_key(args.folder), args.files, args.reference)
-    written = scoring.write_result(args.folder, result)
-    log.table(f"Human evaluation ({result['n']} samples)", *scoring.rows(result))
-    log.table("Cohen's kappa", *scoring.kappa_rows(result))
-    for note in scoring.notes(result):
+def score_command(args: argparse.Namespace) -> None:
+    result = score(read_key(args.folder), args.files, args.reference)
+    written = write_result(args.folder, result)
+    log.table(f"Human evaluation ({result['n']} samples)", *rows(result))
+    log.table("Cohen's kappa", *kappa_rows(result))
+    for note in notes(result):
         log.logger.info("%s", note)
     for warning in result["warnings"]:
         log.logger.warning("%s", warning)
@@ -55,26 +57,26 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = whole.add_subparsers(required=True, metavar="sample|score")
 
-    one = commands.add_parser("sample", help="draw a study and write its pages", formatter_class=form, description=(
+    sampling = commands.add_parser("sample", help="draw a study and its pages", formatter_class=form, description=(
         "Draw test samples that all systems have, and write one blind page per rater. Of each system one run is\n"
         "rated: the lowest training seed that all share, in its lowest decode seed; both are shown and recorded."
     ))  # fmt: skip
-    one.add_argument(
+    sampling.add_argument(
         "paths", nargs="+", metavar="PATH", help="folder of an experiment (runs/experiments/<name>), or NAME=FILE.jsonl"
     )
-    one.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the pages and the key")
-    one.add_argument("--n", type=_positive, default=100, help="number of samples (default: 100, as in the paper)")
-    one.add_argument("--raters", type=_positive, default=2, help="number of raters (default: 2, as in the paper)")
-    one.add_argument("--seed", type=int, default=0, help="of the draw of samples (default: 0)")
-    one.set_defaults(act=sample)
+    sampling.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the pages and the key")
+    sampling.add_argument("--n", type=_positive, default=100, help="number of samples (default: 100, as in the paper)")
+    sampling.add_argument("--raters", type=_positive, default=2, help="number of raters (default: 2, as in the paper)")
+    sampling.add_argument("--seed", type=int, default=0, help="of the draw of samples (default: 0)")
+    sampling.set_defaults(act=sample_command)
 
-    two = commands.add_parser("score", help="make Table 4 of the raters' files", formatter_class=form, description=(
+    scoring = commands.add_parser("score", help="make Table 4 of the raters' files", formatter_class=form, description=(
         "Read what the pages exported (complete files only) and write human.json, .md, .csv and .tex into DIR."
     ))  # fmt: skip
-    two.add_argument("folder", type=Path, metavar="DIR", help="the study's folder")
-    two.add_argument("files", nargs="+", type=Path, metavar="rater-N.json", help="what the pages exported")
-    two.add_argument("--reference", metavar="SYSTEM", help="the system the others are held against (default: ELMD)")
-    two.set_defaults(act=score)
+    scoring.add_argument("folder", type=Path, metavar="DIR", help="the study's folder")
+    scoring.add_argument("files", nargs="+", type=Path, metavar="rater-N.json", help="what the pages exported")
+    scoring.add_argument("--reference", metavar="SYSTEM", help="the system the others are held against (default: ELMD)")
+    scoring.set_defaults(act=score_command)
     return whole
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from elmd.engine.files import read_json
-from elmd.evaluation.tables import GROUPS, group_table, with_floors
+from elmd.evaluation.score_tables import GROUPS, group_table, with_floors
 from elmd.models import ADAPTER, PROJECTOR
 from elmd.pack.folder import INDEX, PROMPT, RETRIEVER, TEXTS
 from elmd.pack.job import Trained

@@ -59,7 +59,7 @@ def report(what: Sequence[str], *, human: Path | None = None, out: Path | None =
     Raises:
         DataError: something that is named cannot be read, or does not belong together.
     """
-    from elmd.report.results import Study
+    from elmd.report.study import Study
 
     started = time.monotonic()
     study = None if human is None else Study.read(human)

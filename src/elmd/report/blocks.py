@@ -1,46 +1,17 @@
-"""What a page is made of: plain blocks that sections gather and the template renders; nothing here knows HTML."""
+"""What a page is made of beside tables: plain blocks that sections gather and the template renders."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A table's cell.
-
-    Attributes:
-        href: where its number comes from. hint: shown on hovering.
-        shade: 0 … 1, how dark the ground is; None: plain.
-        small: a second, smaller line (or lines). strong: bold.
-    """
-
-    text: str
-    href: str | None = None
-    hint: str | None = None
-    shade: float | None = None
-    small: str | None = None
-    strong: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows of cells under columns, the first column naming the row. `groups`: a heading above the row of that index."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]  # of each a Cell, several, or text
-    title: str = ""
-    notes: Sequence[str] = ()
-    groups: dict[int, str] = field(default_factory=dict)
-    prose: bool = False  # cells are sentences: they wrap, and begin at the left
-    kind: ClassVar[str] = "table"
+from elmd.evaluation.tables import Cell
 
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """The name of an experiment, where a section tells of several."""
+    """The name of an experiment, where a section is about several."""
 
     text: str
     kind: ClassVar[str] = "heading"

@@ -10,7 +10,8 @@ from typing import Any
 from elmd.engine.files import read_json
 from elmd.engine.store import MANIFEST, read_manifest
 from elmd.evaluation.runs import Experiment, Missing, Run
-from elmd.report.blocks import Cell, Fold, Runs, Table, Text, Verbatim
+from elmd.evaluation.tables import Cell, Table
+from elmd.report.blocks import Fold, Runs, Text, Verbatim
 from elmd.report.links import Links
 from elmd.types import SPLITS
 

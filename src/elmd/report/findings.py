@@ -12,12 +12,13 @@ from elmd.errors import ElmdError
 from elmd.evaluation.runs import Experiment, Run
 from elmd.evaluation.significance import over_seeds
 from elmd.evaluation.systems import ABLATIONS, BASELINES, FULL
+from elmd.evaluation.tables import Cell, Table
 from elmd.labels import EMOTIONS
 from elmd.log import logger
 from elmd.metrics.text import characters
 from elmd.plots import series
 from elmd.report import svg
-from elmd.report.blocks import Cell, Fold, Plots, Table
+from elmd.report.blocks import Fold, Plots
 from elmd.report.links import Links
 
 #: What the page calls a stage that trains; these first, in this order, then any other by its own name.

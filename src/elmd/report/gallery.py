@@ -9,8 +9,8 @@ from itertools import zip_longest
 from random import Random
 from typing import ClassVar
 
+from elmd.evaluation.predictions import Prediction
 from elmd.evaluation.runs import Experiment
-from elmd.evaluation.score import Prediction
 from elmd.labels import EMOTIONS
 from elmd.retrieval.demonstrations import DEMONSTRATIONS, load_demonstrations
 from elmd.types import Demonstration, Sample

@@ -6,11 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from elmd.engine.store import MANIFEST
 from elmd.evaluation.runs import Experiment, Run
-from elmd.report.blocks import Cell
+from elmd.evaluation.tables import Cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,11 @@ class Links:
         """A number of a system, made from these artifacts."""
         return self._of(text, system, [self.to(artifact / MANIFEST) for artifact in artifacts])
 
-    def score(self, text: str, system: str, runs: Sequence[Run]) -> Cell:
-        """A score of a system over its runs."""
-        return self._of(text, system, [self.run(run) for run in runs])
+    def score(self, text: str, system: str, runs: Sequence[Run], **shown: Any) -> Cell:
+        """A score of a system over its runs; `shown` as in `Cell`."""
+        return self._of(text, system, [self.run(run) for run in runs], **shown)
 
-    def _of(self, text: str, system: str, sources: Sequence[str]) -> Cell:
+    def _of(self, text: str, system: str, sources: Sequence[str], **shown: Any) -> Cell:
         if len(sources) == 1:
-            return Cell(text, sources[0])
-        return Cell(text, f"#{self.anchor(system)}", f"mean of {len(sources)} runs")
+            return Cell(text, sources[0], **shown)
+        return Cell(text, f"#{self.anchor(system)}", f"mean of {len(sources)} runs", **shown)

@@ -15,7 +15,8 @@ from elmd.report import cards, findings, results, svg
 from elmd.report.blocks import Heading, Section, Text
 from elmd.report.gallery import gallery
 from elmd.report.links import Links
-from elmd.report.results import Study
+from elmd.report.study import Study, study_blocks
+from elmd.report.sweeps import cost, sweep
 
 #: The palette on a dark ground: the same hues, lighter where they were too dark to see.
 DARK = ("#7ba3d0", "#f08a96", "#59b86a", "#d9cb63", "#7fd4f3", "#d06fae", "#9aa0a6")
@@ -58,7 +59,7 @@ def sections(parts: Sequence[Part], study: Study | None, cases: int) -> list[Sec
     if study is not None:
         config = first.first.config
         dataset = config["paper_dataset"] if config else "M3ED"
-        human = Section("human", "Human evaluation", results.human(study, dataset, first.links))
+        human = Section("human", "Human evaluation", study_blocks(study, dataset, first.links))
     whys: list[str] = []
 
     def vectors(part: Part) -> list[Any]:
@@ -70,8 +71,8 @@ def sections(parts: Sequence[Part], study: Study | None, cases: int) -> list[Sec
         return [*findings.distributions(part.experiment), *cards.odd(part.experiment)]
 
     def sweeps(part: Part) -> list[Any]:
-        found = [block for key in SYMBOLS for block in results.sweep(part.comparison, part.experiment, key)]
-        return found + results.cost(part.comparison, part.experiment, part.links)
+        found = [block for key in SYMBOLS for block in sweep(part.comparison, part.experiment, key)]
+        return found + cost(part.comparison, part.experiment, part.links)
 
     return [
         each("summary", "Summary", summary, ""),

@@ -11,7 +11,7 @@ from elmd.config import Config
 from elmd.data.prompts import SLOTS, Prompt
 from elmd.data.samples import load_samples
 from elmd.evaluation.jobs import PREDICTIONS
-from elmd.evaluation.score import Prediction, write_predictions
+from elmd.evaluation.predictions import Prediction, write_predictions
 from elmd.labels import Emotion
 from elmd.log import table
 from elmd.models.decode import generate_all
