@@ -97,7 +97,7 @@ def environment() -> dict[str, str]:
     """Device, threads, commit and versions."""
     import torch
 
-    from elmd.stages.chain import git_state
+    from elmd.engine.provenance import git_state
 
     cpu = re.search(r"model name\s*: (.*)", cpus.read_text()) if (cpus := Path("/proc/cpuinfo")).is_file() else None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu[1] if cpu else platform.machine()

@@ -22,7 +22,7 @@ from benchmarks.forks import forked, train, write_llm
 from benchmarks.harness import Case, Way
 from elmd.cli import compose
 from elmd.engine.store import BEST, CHECKPOINTS
-from elmd.stages.chain import Chain
+from elmd.stages import chain_of
 from elmd.vision.store import SHARDS
 
 #: The demo, cut down until its trainings are a few steps.
@@ -82,11 +82,11 @@ def again(folder: Path, small: bool) -> Case:
     def run(runs: Path) -> dict[str, Any]:
         def work() -> None:
             cfg = compose([*choices, f"runs_dir={runs}"])
-            chain = Chain(cfg, Accelerator(cpu=True))
+            chain = chain_of(cfg, Accelerator(cpu=True))
             names = ["bootstrap/world", "prepare"] if small else list(chain.order("eerg"))
             with redirect_stdout(io.StringIO()):
                 for name in names:
-                    chain.run_one(name)
+                    chain.run(name)
 
         code = forked(work, folder / "chain.log")()
         assert code == 0, (folder / "chain.log").read_text()

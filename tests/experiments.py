@@ -13,7 +13,7 @@ from elmd.evaluation.predictions import Prediction, write_predictions
 from elmd.labels import Emotion
 
 EMOTIONS = list(Emotion)
-#: As `elmd.stages.chain.ROLES`; written out, because reading a run must not depend on the code that made it.
+#: As `the roles of elmd.stages.STAGES`; written out, because reading a run must not depend on the code that made it.
 ROLES = {
     "samples": "prepare", "retriever": "erm", "demonstrations": "index", "features": "features", "projector": "rep",
     "generator": "eerg", "replies": "generate",

@@ -22,10 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from elmd import log
-from elmd.config import INCIDENTAL, Config, plain
+from elmd.checks import check
+from elmd.config import BOOTSTRAP, Config
 from elmd.engine.files import digest
+from elmd.engine.keys import described, plain
 from elmd.errors import ConfigError, ElmdError, TrainingError
-from elmd.stages.checks import check
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -108,8 +109,9 @@ def run(cfg: Config, action: Action) -> None:
         log.logger.info("job %s of the sweep: %s", HydraConfig.get().job.num, HydraConfig.get().job.override_dirname)
     # peft still asks transformers under the old name; nothing a user could do about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    # Small tensors gain nothing from a second thread, and lose much on a busy machine.
+    if threads := cfg.threads if cfg.threads is not None else int(cfg.llm.path == BOOTSTRAP):
+        torch.set_num_threads(threads)
     # The others wait for hours where rank 0 works alone, or for another job's lock.
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(cpu=cfg.cpu, kwargs_handlers=[waiting])
@@ -204,19 +206,29 @@ def experiment_folder(cfg: Config) -> Path:
     return folder / job_name(job) if job else folder
 
 
-def job_axes(cfg: Config) -> dict[str, Any] | None:
-    """The axes of this process's job, see `axes`; None outside a sweep."""
-    return axes(HydraConfig.get(), cfg) if HydraConfig.initialized() and (_multirun() or cfg.job) else None
+def job_about(cfg: Config) -> dict[str, Any]:
+    """What `artifacts.json` says of this process's job: its name and its `axes`; both null outside a sweep."""
+    if HydraConfig.initialized() and (_multirun() or cfg.job):
+        return {"job": experiment_folder(cfg).name, "axes": axes(HydraConfig.get(), cfg)}
+    return {"job": None, "axes": None}
+
+
+def unnamed() -> list[str]:
+    """Keys that are left out of the name of a sweep's job: those that do not change its results."""
+    return [
+        "experiment",
+        *(name for name, info in described(Config) if not info.counts or (info.place and not info.named)),
+    ]
 
 
 def axes(job: HydraConf | DictConfig, cfg: Config) -> dict[str, Any]:
     """What a job of a sweep sets that can tell its results from another job's: dotted key -> value, group -> choice.
 
     Args:
-        job: Hydra's own configuration of the job, with its overrides and with the keys that its name leaves out.
+        job: Hydra's own configuration of the job, with its overrides.
         cfg: what the overrides compose to.
     """
-    left_out = {*job.job.config.override_dirname.exclude_keys, *INCIDENTAL}
+    left_out = unnamed()
     values: dict[str, Any] = {}
     for override in job.overrides.task:
         key, _, choice = override.lstrip("+~").partition("=")
@@ -242,5 +254,6 @@ def job_name(job: str) -> str:
 
 
 def register() -> None:
-    """Make the schema known to Hydra."""
+    """Make known to Hydra the schema, and what it says of keys."""
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("unnamed", unnamed, replace=True)

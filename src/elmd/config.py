@@ -6,15 +6,13 @@ section beside it, there and here.
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from operator import attrgetter
 from typing import Any
 
 from omegaconf import MISSING
 
-from elmd.errors import ConfigError
+from elmd.engine.keys import ANY, DROPOUT, POSITIVE, SHARE, SOME, Range, setting
 
 #: A checkpoint path with this value stands for the stand-in made by `stage=bootstrap`.
 BOOTSTRAP = "bootstrap"
@@ -149,62 +147,76 @@ class BootstrapText(StrEnum):
 class WorldConfig:
     """Size of the tiny world (data=tiny): samples per split."""
 
-    train: int = 1200
-    valid: int = 150
-    test: int = 660  # half of them hide the emotion from the text, and a claim needs 300 of those
+    train: int = setting(1200, SOME)
+    valid: int = setting(150, SOME)
+    test: int = setting(660, SOME)  # half of them hide the emotion from the text, and a claim needs 300 of those
     seed: int = 0
 
 
 @dataclass
 class DataConfig:
-    name: str = MISSING
-    reader: Reader = MISSING
-    path: str | None = None  # CPED: a csv file; M3ED: the folder with annotation.json and splitInfo/; JSONL: a file
-    split: SplitRule = SplitRule.dialogue
-    split_seed: int = 0
-    filters: list[str] = field(default_factory=list)  # named filters of elmd.data.samples.FILTERS
-    emotion_map: str | None = None  # csv label,emotion that overrides the reader's own table
-    video_root: str | None = None
-    video_template: str = "{show}/{dialogue}.mp4"
+    name: str = setting(MISSING, packed=True)
+    reader: Reader = setting(MISSING, packed=True)
+    path: str | None = setting(
+        None, place=True
+    )  # CPED: a csv file; M3ED: the folder with annotation.json; JSONL: a file
+    split: SplitRule = setting(SplitRule.dialogue, packed=True)
+    split_seed: int = setting(0, packed=True)
+    filters: list[str] = setting(list, packed=True)  # named filters of elmd.data.samples.FILTERS
+    emotion_map: str | None = setting(None, place=True)  # csv label,emotion that overrides the reader's own table
+    video_root: str | None = setting(None, place=True)
+    video_template: str = setting("{show}/{dialogue}.mp4", when=lambda cfg: cfg.data.video_root is not None)
     on_missing_clip: OnMissingClip = OnMissingClip.error
-    background: str | None = None  # JSON object: show or dialogue id -> text
+    background: str | None = setting(None, place=True)  # JSON object: show or dialogue id -> text
     world: WorldConfig = field(default_factory=WorldConfig)
 
 
 @dataclass
 class LlmConfig:
-    name: str = MISSING
-    path: str | None = None
-    dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on CPU
-    attention: str = "sdpa"  # see ATTENTION
-    checkpointing: Checkpointing = Checkpointing.auto  # auto: only where the activations would not fit
+    name: str = setting(MISSING, packed=True)
+    path: str | None = setting(None, place=True)
+    dtype: str = setting("auto", packed=True)  # auto: bfloat16 on a GPU, float32 on CPU
+    attention: str = setting("sdpa", packed=True)  # see ATTENTION
+    checkpointing: Checkpointing = setting(Checkpointing.auto, counts=False)  # auto: where activations would not fit
+    max_prompt_tokens: int = setting(1024, SOME, packed=True)
+    max_target_tokens: int = setting(128, Range(2), packed=True)  # of training: a token, and the end
+
+
+def _looks(cfg: Any) -> bool:
+    """Whether frames are looked at here, and not by whoever made the arrays."""
+    return cfg.vision.kind in (VisionKind.encoder, VisionKind.resnet)
 
 
 @dataclass
 class VisionConfig:
-    name: str = MISSING
-    kind: VisionKind = MISSING
-    path: str | None = None
-    frames: int = 8  # m; not in the paper, ours
-    sampling: Sampling = Sampling.uniform
-    decoder: Decoder = Decoder.decord
-    workers: int = 0  # processes that decode; 0: one for each core that this process may use but one
-    timeout_s: float = 60.0  # per clip
-    batch_frames: int = 64
-    dtype: str = "auto"
+    name: str = setting(MISSING, packed=True)
+    kind: VisionKind = setting(MISSING, packed=True)
+    path: str | None = setting(None, place=True)
+    frames: int = setting(
+        8, SOME, packed=True, when=_looks
+    )  # m; not in the paper. A turn lasts a few seconds; 4 and 16 are the sweep
+    sampling: Sampling = setting(Sampling.uniform, packed=True, when=_looks)
+    decoder: Decoder = setting(Decoder.decord, packed=True, when=_looks)  # pyav gives the same pixels
+    workers: int = setting(0, ANY, counts=False, packed=True)  # processes that decode; 0: a core each, but one
+    timeout_s: float = setting(60.0, POSITIVE, counts=False, packed=True)  # per clip
+    batch_frames: int = setting(64, SOME, counts=False, packed=True)
+    dtype: str = setting("auto", packed=True, when=_looks)
     shuffle: bool = False  # permute clips among samples: same parameters, no information (a control)
-    shape: list[int] | None = None  # precomputed: [o, q] of the user's arrays; None reads it from the first
+    shape: list[int] | None = setting(
+        None, packed=True
+    )  # precomputed: [o, q] of the arrays; None reads it from the first
 
 
 @dataclass
 class RetrieverConfig:
-    name: str = MISSING
-    path: str | None = None
-    k: int = 1  # demonstrations in the prompt; 0: none (w/o ERM). §3.3 "select a u'"
-    key: Key = Key.E_s  # §3.3 end
-    allow_same_dialogue: bool = False  # true only shows the leak
-    max_tokens: int = 128
-    search: Search = Search.auto
+    name: str = setting(MISSING, packed=True)
+    path: str | None = setting(None, place=True)
+    k: int = setting(1, ANY, packed=True, paper='§3.3: "select a u\'"')  # demonstrations in the prompt; 0: w/o ERM
+    key: Key = setting(Key.E_s, packed=True, paper="§3.3 end")
+    allow_same_dialogue: bool = setting(False, packed=True)  # true only shows the leak
+    max_tokens: int = setting(128, SOME)
+    #: what auto comes to is a matter of what is installed, which the manifest tells
+    search: Search = setting(Search.auto, when=lambda cfg: cfg.retriever.search is not Search.auto)
 
 
 @dataclass
@@ -221,64 +233,82 @@ class PromptConfig:
     eerg: str = MISSING
     reply: str = MISSING
     emotion_end: str = "。"
-    max_prompt_tokens: int = 1024
-    max_target_tokens: int = 128
 
 
 @dataclass
 class ErmConfig:
-    epochs: int = 5
-    batch_size: int = 32  # §4.3
-    lr: float = 5e-5  # §4.3
-    temperature: float = 0.5  # τ, §4.3
-    slots: int = 4  # s, §4.3
+    epochs: int = setting(5, ANY)
+    batch_size: int = setting(32, Range(2), paper="§4.3")
+    lr: float = setting(5e-5, ANY, paper="§4.3")
+    temperature: float = setting(0.5, POSITIVE, paper="§4.3")  # τ
+    slots: int = setting(4, SOME, paper="§4.3")  # s
     separation: Separation = Separation.mlp  # MLP of Algorithm 1
-    emotion_weight: float = 1.0  # λ of eq. 4; its value is not in the paper. 0: w/o ERT
-    separation_weight: float = 1.0  # 0: w/o SSC
+    emotion_weight: float = setting(1.0, ANY)  # λ of eq. 4; its value is not in the paper. 0: w/o ERT
+    separation_weight: float = setting(1.0, ANY)  # 0: w/o SSC
     one_positive: bool = False  # the literal eq. 2: one positive drawn per anchor
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
+    warmup: float = setting(0.1, SHARE)
+    weight_decay: float = setting(0.01, ANY)
+    max_grad_norm: float = setting(1.0, POSITIVE)
     select_on: SelectionSplit = SelectionSplit.valid
-    checkpoint_every: int = 200
+    checkpoint_every: int = setting(200, SOME, counts=False)
 
 
 @dataclass
 class RepConfig:
-    projector_from: str | None = None  # a projector's file, such as VisualGLM's own glm_proj, converted; None: random
-    epochs: int = 3
-    batch_size: int = 16  # §4.3
-    lr: float = 2e-5  # §4.3
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    micro_tokens: int = 4096  # tokens per micro-batch, padding included
+    #: a projector's file, such as VisualGLM's own glm_proj, converted; None: random
+    projector_from: str | None = setting(None, place=True, named=True)
+    epochs: int = setting(3, SOME)
+    batch_size: int = setting(16, SOME, paper="§4.3")
+    lr: float = setting(2e-5, ANY, paper="§4.3")
+    warmup: float = setting(0.05, SHARE)
+    weight_decay: float = setting(0.0, ANY)
+    max_grad_norm: float = setting(1.0, POSITIVE)
+    micro_tokens: int = setting(4096, SOME, counts=False)  # tokens per micro-batch, padding included
     select_on: SelectionSplit = SelectionSplit.valid
-    checkpoint_every: int = 200
+    checkpoint_every: int = setting(200, SOME, counts=False)
+
+
+def _prefix(cfg: Any) -> bool:
+    return cfg.eerg.adapter is AdapterKind.prefix
+
+
+def _lora(cfg: Any) -> bool:
+    return cfg.eerg.adapter is AdapterKind.lora
+
+
+def _adapter(cfg: Any) -> bool:
+    return cfg.eerg.adapter is not AdapterKind.none
+
+
+def _sees_video(cfg: Any) -> bool:
+    return cfg.sees_video
 
 
 @dataclass
 class EergConfig:
-    steps: int = 3000  # ChatGLM2's own p-tuning
-    batch_size: int = 16  # §4.3
-    adapter: AdapterKind = AdapterKind.prefix  # §4.3: P-tuning of the language model; lora and none are ours
-    adapter_from: str | None = None  # an adapter's folder to begin with, such as a converted prefix; None: a new one
-    lr_adapter: float = 2e-2  # §4.3
-    lr_projector: float = 2e-2  # §4.3 (preset `paper`; preset `safe` has 2e-5)
-    projector_from: ProjectorInit = ProjectorInit.rep
-    with_emotion: bool = True  # eq. 11: the emotion, then the response; false: the response alone (VisualGLM)
-    prefix_length: int = 128
-    prefix_dropout: float = 0.1
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    micro_tokens: int = 4096
-    evaluate_every: int = 500
+    steps: int = setting(3000, ANY)  # ChatGLM2's own p-tuning
+    batch_size: int = setting(16, SOME, paper="§4.3")
+    #: P-tuning of the language model; lora and none are ours
+    adapter: AdapterKind = setting(AdapterKind.prefix, packed=True, paper="§4.3")
+    #: an adapter's folder to begin with, such as a converted prefix; None: a new one
+    adapter_from: str | None = setting(None, place=True, named=True)
+    lr_adapter: float = setting(2e-2, ANY, paper="§4.3", when=_adapter)
+    lr_projector: float = setting(2e-2, ANY, paper="§4.3", when=_sees_video)  # preset `safe` has 2e-5
+    projector_from: ProjectorInit = setting(ProjectorInit.rep, when=_sees_video)
+    #: eq. 11: the emotion, then the response; false: the response alone (VisualGLM)
+    with_emotion: bool = setting(True, packed=True, paper="eq. 11")
+    prefix_length: int = setting(128, SOME, when=_prefix)
+    prefix_dropout: float = setting(0.1, DROPOUT, when=_prefix)
+    lora_rank: int = setting(8, SOME, when=_lora)
+    lora_alpha: int = setting(16, SOME, when=_lora)
+    lora_dropout: float = setting(0.05, DROPOUT, when=_lora)
+    warmup: float = setting(0.0, SHARE)
+    weight_decay: float = setting(0.0, ANY)
+    max_grad_norm: float = setting(1.0, POSITIVE)
+    micro_tokens: int = setting(4096, SOME, counts=False)
+    evaluate_every: int = setting(500, SOME)
     select_on: SelectionSplit = SelectionSplit.valid
-    checkpoint_every: int = 200
+    checkpoint_every: int = setting(200, SOME, counts=False)
 
 
 @dataclass
@@ -286,32 +316,33 @@ class BaselineConfig:
     """DialoGPT and Livebot: Transformers trained from scratch on the training split (§4.2)."""
 
     name: BaselineName = BaselineName.none
-    vocab: str | None = None  # a BERT vocab.txt; None: the characters of the training text
-    resnet: str = "microsoft/resnet-18"  # Livebot with vision.kind=resnet: a folder or hub id, in safetensors format
-    layers: int = 12
-    width: int = 768
-    heads: int = 12
-    ff: int = 3072
-    dropout: float = 0.1
-    max_tokens: int = 300  # of a context, whose oldest history goes first, and of a reply
-    epochs: int = 40
-    batch_size: int = 16
-    lr: float = 2.6e-5
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 2.0
-    micro_tokens: int = 4096
-    evaluate_every: int = 500
+    vocab: str | None = setting(None, place=True)  # a BERT vocab.txt; None: the characters of the training text
+    #: Livebot with vision.kind=resnet: a folder or hub id, in safetensors format
+    resnet: str = setting("microsoft/resnet-18", place=True)
+    layers: int = setting(12, SOME)
+    width: int = setting(768, SOME)
+    heads: int = setting(12, SOME)
+    ff: int = setting(3072, SOME)
+    dropout: float = setting(0.1, DROPOUT)
+    max_tokens: int = setting(300, Range(8))  # of a context, whose oldest history goes first, and of a reply
+    epochs: int = setting(40, SOME)
+    batch_size: int = setting(16, SOME)
+    lr: float = setting(2.6e-5, ANY)
+    warmup: float = setting(0.1, SHARE)
+    weight_decay: float = setting(0.01, ANY)
+    max_grad_norm: float = setting(2.0, POSITIVE)
+    micro_tokens: int = setting(4096, SOME, counts=False)
+    evaluate_every: int = setting(500, SOME)
     select_on: SelectionSplit = SelectionSplit.valid
-    checkpoint_every: int = 200
+    checkpoint_every: int = setting(200, SOME, counts=False)
 
 
 @dataclass
 class LauncherConfig:
     """How `python -m elmd.sweep` starts a sweep's jobs; nothing else reads it."""
 
-    slots: int = 0  # jobs at a time; 0: as many as the GPUs allow, one without a GPU
-    gpus: int = 1  # GPUs of a job
+    slots: int = setting(0, ANY, counts=False)  # jobs at a time; 0: as many as the GPUs allow, one without a GPU
+    gpus: int = setting(1, SOME, counts=False)  # GPUs of a job
 
 
 @dataclass
@@ -320,41 +351,50 @@ class BootstrapConfig:
 
     text: BootstrapText = BootstrapText.tiny
     seed: int = 0
-    dialogues: int = 12000  # text=tiny: made for the stand-ins alone; text=data: samples are read until so many texts
-    vocab_size: int = 2000  # pieces, 256 bytes included; then most phrases of the tiny world are one or two tokens
-    llm_hidden: int = 128
-    llm_layers: int = 2  # copying from a demonstration takes two; a third learns no faster in this time
-    llm_steps: int = 6000
-    llm_batch: int = 16
-    llm_lr: float = 2e-3
-    vision_hidden: int = 64  # q
-    vision_steps: int = 400
-    vision_lr: float = 3e-3
-    retriever_hidden: int = 128  # d; with 64 the ERM falls back to one vector for all texts
-    retriever_steps: int = 300
-    retriever_lr: float = 2e-3
+    #: text=tiny: made for the stand-ins alone; text=data: samples are read until so many texts
+    dialogues: int = setting(12000, Range(2))
+    vocab_size: int = setting(
+        2000, SOME
+    )  # 256 bytes included; then most phrases of the tiny world are one or two tokens
+    llm_hidden: int = setting(128, Range(64, times=64))
+    #: copying from a demonstration takes two; a third learns no faster in this time
+    llm_layers: int = setting(2, SOME)
+    llm_steps: int = setting(6000, ANY)
+    llm_batch: int = setting(16, SOME)
+    llm_lr: float = setting(2e-3, ANY)
+    vision_hidden: int = setting(64, Range(4, times=4))  # q
+    vision_steps: int = setting(400, ANY)
+    vision_lr: float = setting(3e-3, ANY)
+    retriever_hidden: int = setting(
+        128, Range(32, times=32)
+    )  # d; with 64 the ERM falls back to one vector for all texts
+    retriever_steps: int = setting(300, ANY)
+    retriever_lr: float = setting(2e-3, ANY)
 
 
 @dataclass
 class GenerateConfig:
     split: EvalSplit = EvalSplit.test
-    top_p: float = 0.7  # §4.3
-    temperature: float = 0.95  # §4.3; 0: greedy
-    max_new_tokens: int = 128
-    seeds: list[int] = field(default_factory=lambda: [0])
-    batch_tokens: int = 8192  # prompt tokens per batch, padding included
+    top_p: float = setting(0.7, Range(0, 1, above=True), packed=True, paper="§4.3")
+    temperature: float = setting(0.95, ANY, packed=True, paper="§4.3")  # 0: greedy
+    max_new_tokens: int = setting(128, SOME, packed=True)
+    seeds: list[int] = setting(lambda: [0], packed=True)
+    batch_tokens: int = setting(8192, SOME, counts=False, packed=True)  # prompt tokens per batch, padding included
 
 
 @dataclass
 class Config:
-    stage: StageName = StageName.all
+    stage: StageName = setting(StageName.all, counts=False)
     seed: int = 0
-    experiment_name: str = "default"
-    job: str | None = None  # a sweep's job: its folder below the experiment's; set by the launcher
-    runs_dir: str = "runs"
-    force: bool = False
-    cpu: bool = False
-    threads: int = 0  # torch CPU threads; 0 leaves torch's own choice
+    experiment_name: str = setting("default", counts=False)
+    job: str | None = setting(
+        None, counts=False
+    )  # a sweep's job: its folder below the experiment's; set by the launcher
+    runs_dir: str = setting("runs", counts=False)
+    force: bool = setting(False, counts=False)
+    cpu: bool = setting(False, counts=False)
+    #: torch CPU threads; None: 1 with a stand-in, otherwise torch's choice
+    threads: int | None = setting(None, SOME, counts=False)
     data: DataConfig = field(default_factory=DataConfig)
     llm: LlmConfig = field(default_factory=LlmConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -367,9 +407,12 @@ class Config:
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
-    predictions: str | None = None  # evaluate only: a predictions JSONL to score instead of generating
-    ablation_name: str = "none"
-    paper_dataset: PaperDataset = PaperDataset.m3ed  # whose numbers in the paper stand beside this run's in tables
+    predictions: str | None = setting(
+        None, counts=False
+    )  # evaluate only: a predictions JSONL to score, not to generate
+    ablation_name: str = setting("none", counts=False)
+    #: whose numbers in the paper stand beside this run's in tables
+    paper_dataset: PaperDataset = setting(PaperDataset.m3ed, counts=False)
 
     @property
     def sees_video(self) -> bool:
@@ -378,99 +421,3 @@ class Config:
     @property
     def retrieves(self) -> bool:
         return self.retriever.k > 0
-
-
-#: Keys that a job of a sweep may set without becoming another system: how fast and where it runs.
-INCIDENTAL = (
-    "llm.checkpointing", "llm.attention", "vision.workers", "vision.timeout_s", "vision.batch_frames",
-    "rep.micro_tokens", "eerg.micro_tokens", "baseline.micro_tokens", "erm.checkpoint_every", "rep.checkpoint_every",
-    "eerg.checkpoint_every", "baseline.checkpoint_every", "generate.batch_tokens", "predictions",
-)  # fmt: skip
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A sub-config as JSON-ready values, for fingerprints and manifests."""
-    return asdict(config, dict_factory=lambda items: {k: v.value if isinstance(v, Enum) else v for k, v in items})
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers that a key may have: from `least` to `most`, without these where `above` or `below`."""
-
-    least: float
-    most: float = math.inf
-    above: bool = False
-    below: bool = False
-    times: int = 1  # a multiple of it
-
-    def __contains__(self, value: float) -> bool:
-        # Written so that NaN is outside.
-        low = value > self.least if self.above else value >= self.least
-        high = value < self.most if self.below else value <= self.most
-        return low and high and (self.times == 1 or value % self.times == 0)
-
-    def __str__(self) -> str:
-        if self.times > 1:
-            return f"a multiple of {self.times}"
-        low = f"more than {self.least}" if self.above else f"{self.least}"
-        if self.most == math.inf:
-            return low if self.above else f"{low} or more"
-        return f"{low} to {'less than ' if self.below else ''}{self.most}"
-
-
-_ANY, _SOME, _POSITIVE = Range(0), Range(1), Range(0, above=True)
-_SHARE, _DROPOUT = Range(0, 1), Range(0, 1, below=True)
-
-#: What each number may be, by dotted key; seeds may be any.
-RANGES = {
-    "threads": _ANY,
-    "data.world.train": _SOME, "data.world.valid": _SOME, "data.world.test": _SOME,
-    "vision.frames": _SOME, "vision.workers": _ANY, "vision.timeout_s": _POSITIVE, "vision.batch_frames": _SOME,
-    "retriever.k": _ANY, "retriever.max_tokens": _SOME,
-    "prompt.max_prompt_tokens": _SOME, "prompt.max_target_tokens": Range(2),  # one, and the end
-    "bootstrap.dialogues": Range(2), "bootstrap.vocab_size": _SOME,
-    "bootstrap.llm_hidden": Range(64, times=64), "bootstrap.llm_layers": _SOME, "bootstrap.llm_steps": _ANY,
-    "bootstrap.llm_batch": _SOME, "bootstrap.llm_lr": _ANY,
-    "bootstrap.vision_hidden": Range(4, times=4), "bootstrap.vision_steps": _ANY, "bootstrap.vision_lr": _ANY,
-    "bootstrap.retriever_hidden": Range(32, times=32), "bootstrap.retriever_steps": _ANY,
-    "bootstrap.retriever_lr": _ANY,
-    "erm.epochs": _ANY, "erm.batch_size": Range(2), "erm.lr": _ANY, "erm.temperature": _POSITIVE, "erm.slots": _SOME,
-    "erm.emotion_weight": _ANY, "erm.separation_weight": _ANY, "erm.warmup": _SHARE, "erm.weight_decay": _ANY,
-    "erm.max_grad_norm": _POSITIVE, "erm.checkpoint_every": _SOME,
-    "rep.epochs": _SOME, "rep.batch_size": _SOME, "rep.lr": _ANY, "rep.warmup": _SHARE, "rep.weight_decay": _ANY,
-    "rep.max_grad_norm": _POSITIVE, "rep.micro_tokens": _SOME, "rep.checkpoint_every": _SOME,
-    "eerg.steps": _ANY, "eerg.batch_size": _SOME, "eerg.lr_adapter": _ANY, "eerg.lr_projector": _ANY,
-    "eerg.prefix_length": _SOME, "eerg.prefix_dropout": _DROPOUT,
-    "eerg.lora_rank": _SOME, "eerg.lora_alpha": _SOME, "eerg.lora_dropout": _DROPOUT,
-    "eerg.warmup": _SHARE, "eerg.weight_decay": _ANY, "eerg.max_grad_norm": _POSITIVE, "eerg.micro_tokens": _SOME,
-    "eerg.evaluate_every": _SOME, "eerg.checkpoint_every": _SOME,
-    "baseline.layers": _SOME, "baseline.width": _SOME, "baseline.heads": _SOME, "baseline.ff": _SOME,
-    "baseline.dropout": _DROPOUT, "baseline.max_tokens": Range(8), "baseline.epochs": _SOME,
-    "baseline.batch_size": _SOME, "baseline.lr": _ANY, "baseline.warmup": _SHARE, "baseline.weight_decay": _ANY,
-    "baseline.max_grad_norm": _POSITIVE, "baseline.micro_tokens": _SOME, "baseline.evaluate_every": _SOME,
-    "baseline.checkpoint_every": _SOME,
-    "launcher.slots": _ANY, "launcher.gpus": _SOME,
-    "generate.top_p": Range(0, 1, above=True), "generate.temperature": _ANY, "generate.max_new_tokens": _SOME,
-    "generate.batch_tokens": _SOME,
-}  # fmt: skip
-
-#: Keys of the adapters that are not chosen, which nothing reads.
-_UNREAD = {
-    AdapterKind.prefix: ("eerg.lora_",),
-    AdapterKind.lora: ("eerg.prefix_",),
-    AdapterKind.none: ("eerg.lora_", "eerg.prefix_"),
-}
-
-
-def check_ranges(cfg: Config) -> None:
-    """What each number may be.
-
-    Raises:
-        ConfigError: naming one that is out of its range, and the range.
-    """
-    for key, allowed in RANGES.items():
-        value = attrgetter(key)(cfg)
-        if value not in allowed and not key.startswith(_UNREAD[cfg.eerg.adapter]):
-            raise ConfigError(f"{value} is out of range", where=key, fix=f"use {allowed}")
-    if not cfg.generate.seeds:
-        raise ConfigError("there is no seed to decode with", where="generate.seeds", fix="use [0], or several")

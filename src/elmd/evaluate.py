@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elmd.cli import command, experiment_folder, job_axes
-from elmd.config import Config, StageName, plain
+from elmd.cli import command, experiment_folder, job_about
+from elmd.config import Config, StageName
+from elmd.engine.keys import plain
 from elmd.errors import ConfigError
 from elmd.log import logger, table
 
@@ -28,12 +29,12 @@ def evaluate(cfg: Config, accelerator: Accelerator) -> None:
     from elmd.evaluation.jobs import PREDICTIONS
     from elmd.evaluation.predictions import read_predictions
     from elmd.evaluation.systems import system_name
-    from elmd.stages.chain import Chain
+    from elmd.stages import chain_of
 
-    chain = Chain(cfg, accelerator)
-    made = chain.run_one("generate")
+    chain = chain_of(cfg, accelerator)
+    made = chain.run("generate")
     folder = experiment_folder(cfg)
-    chain.point(folder, job_axes(cfg))
+    chain.point(folder, **job_about(cfg))
     if not accelerator.is_main_process:
         return
     samples = load_samples(chain.folder("prepare") / "samples.jsonl")

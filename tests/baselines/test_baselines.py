@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from conftest import LINES, ROOT, make_samples
+from conftest import LINES, make_samples
 from elmd.baselines.base import Baseline, Rows, TextBatch, Vocabulary, fit, generate_all
 from elmd.baselines.dialogpt import DialoGPT
 from elmd.baselines.livebot import Livebot, Shape
 from elmd.cli import compose
-from elmd.config import BaselineConfig, BootstrapText
+from elmd.config import BootstrapText
 from elmd.data.samples import save_samples
 from elmd.engine.files import write_json
+from elmd.engine.stage import Inputs, Job
 from elmd.errors import CheckpointError, ConfigError
 from elmd.evaluation.predictions import read_predictions
 from elmd.models.decode import greedy, nucleus, stream
+from elmd.stages import baseline, bootstrap, parts
 from elmd.stages import baseline as stage
-from elmd.stages import depends
+from elmd.stages import generate as generate_stage
 from elmd.stages import generate as writing
-from elmd.stages.base import Depends, Job
 from elmd.training.plan import Plan
 from elmd.types import Sample
 from elmd.vision.store import index_of, read_shards, write_shard
@@ -386,18 +388,19 @@ def test_unknown_tokens_are_counted() -> None:
 SMALL = ["baseline.layers=1", "baseline.width=16", "baseline.heads=2", "baseline.ff=16", "baseline.epochs=1"]
 
 
-def depends_of(*overrides: str) -> Depends:
-    return depends.baseline(compose([*SMALL, *overrides]))
+def reads_of(*overrides: str) -> Inputs:
+    return baseline.reads(compose([*SMALL, *overrides]))
+
+
+def counted(*overrides: str) -> dict[str, Any]:
+    return reads_of(*overrides).counted(compose([*SMALL, *overrides]))
 
 
 @pytest.mark.parametrize("name", ["dialogpt", "livebot", "dialogpt_tiny", "livebot_tiny"])
-def test_presets_compose_and_set_every_key_of_a_baseline(name: str) -> None:
+def test_presets_compose(name: str) -> None:
     cfg = compose([f"baseline={name}"])
-    text = (ROOT / "configs/baseline" / f"{name}.yaml").read_text(encoding="utf-8")
-    own = {field.name for field in fields(BaselineConfig)} - {"select_on", "resnet"}
-    assert not {key for key in own if f"  {key}: " not in text}
     assert cfg.baseline.name.value == name.removesuffix("_tiny")
-    assert depends.baseline(cfg).seed == 0
+    assert baseline.reads(cfg).counted(cfg)["seed"] == 0
 
 
 def test_published_sizes_are_the_defaults() -> None:
@@ -408,29 +411,27 @@ def test_published_sizes_are_the_defaults() -> None:
 
 
 def test_a_permutation_counts_by_its_seed_and_only_where_there_is_one() -> None:
-    for name, choices in (("parts", []), ("baseline", ["baseline=livebot_tiny"])):
-        of = getattr(depends, name)
-        one, other = (compose([*SMALL, *choices, f"data.split_seed={seed}"]) for seed in (1, 2))
-        assert of(one) == of(other)
-        one.vision.shuffle = other.vision.shuffle = True
-        assert of(one) != of(other)
+    for reads, choices in ((parts.reads_parts, []), (baseline.reads, ["baseline=livebot_tiny"])):
+        first, second = (compose([*SMALL, *choices, f"data.split_seed={seed}"]) for seed in (1, 2))
+        assert reads(first).counted(first) == reads(second).counted(second)
+        first.vision.shuffle = second.vision.shuffle = True
+        assert reads(first).counted(first) != reads(second).counted(second)
 
 
 def test_a_stand_in_of_data_counts_how_often_that_is_read() -> None:
     cfg = compose(SMALL)
     cfg.bootstrap.text = BootstrapText.data
-    before = depends.standin_llm(cfg)
+    before = bootstrap.reads_llm(cfg).counted(cfg)
     cfg.bootstrap.dialogues += 1
-    assert depends.standin_llm(cfg) != before
+    assert bootstrap.reads_llm(cfg).counted(cfg) != before
 
 
 def test_a_baseline_depends_on_what_it_reads_and_no_more(tmp_path: Path) -> None:
-    gpt, live = depends_of("baseline=dialogpt_tiny"), depends_of("baseline=livebot_tiny")
-    assert gpt.upstream == ("prepare",)
-    assert live.upstream == ("prepare", "features")
-    assert live.config["video"] == {"frames": 4, "shuffle": False}
-    assert depends_of("baseline=livebot_tiny", "vision=none").upstream == ("prepare",)
-    assert depends_of("baseline=livebot", "vision.path=x").config["video"]["frames"] is None, "all rows are frames"
+    assert reads_of("baseline=dialogpt_tiny").upstream == ("prepare",)
+    assert reads_of("baseline=livebot_tiny").upstream == ("prepare", "features")
+    assert reads_of("baseline=livebot_tiny", "vision=none").upstream == ("prepare",)
+    assert baseline.frame_rows(compose(["baseline=livebot_tiny"])) == 4
+    assert baseline.frame_rows(compose(["baseline=livebot"])) is None, "all rows are frames"
     cfg = compose(["baseline=dialogpt_tiny", *SMALL])
     for key, value, read in (
         ("baseline.micro_tokens", 7, False), ("baseline.checkpoint_every", 7, False), ("llm.path", "x", False),
@@ -440,10 +441,10 @@ def test_a_baseline_depends_on_what_it_reads_and_no_more(tmp_path: Path) -> None
         other = deepcopy(cfg)
         *groups, name = key.split(".")
         setattr(attrgetter(*groups)(other) if groups else other, name, value)
-        assert (depends.baseline(other) != gpt) is read, key
-    given = depends_of("baseline=dialogpt_tiny", f"baseline.vocab={tmp_path}/vocab.txt")
-    assert given.files == {"vocab": tmp_path / "vocab.txt"}
-    assert given.config == gpt.config
+        assert (baseline.reads(other).counted(other) != baseline.reads(cfg).counted(cfg)) is read, key
+    given = ["baseline=dialogpt_tiny", f"baseline.vocab={tmp_path}/vocab.txt"]
+    assert reads_of(*given).files == {"vocab": tmp_path / "vocab.txt"}
+    assert counted(*given) == counted("baseline=dialogpt_tiny")
 
 
 @pytest.mark.parametrize(
@@ -459,16 +460,20 @@ def test_a_baseline_depends_on_what_it_reads_and_no_more(tmp_path: Path) -> None
 )
 def test_what_cannot_be_trained_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        depends_of(*overrides)
+        reads_of(*overrides)
 
 
 def test_dialogpt_has_positions_for_so_many_tokens_and_no_more() -> None:
     with pytest.raises(
         ConfigError, match=r"max_new_tokens: a reply may have 32 tokens, and DialoGPT learns 31 at most"
     ):
-        depends.generate(compose(["baseline=dialogpt_tiny", "baseline.max_tokens=31"]))
-    assert depends.generate(compose(["baseline=dialogpt_tiny"])).upstream == ("prepare", "baseline")
-    assert set(depends.generate(compose(["baseline=livebot_tiny"])).upstream) == {"prepare", "features", "baseline"}
+        generate_stage.reads(compose(["baseline=dialogpt_tiny", "baseline.max_tokens=31"]))
+    assert generate_stage.reads(compose(["baseline=dialogpt_tiny"])).upstream == ("prepare", "generator")
+    assert set(generate_stage.reads(compose(["baseline=livebot_tiny"])).upstream) == {
+        "prepare",
+        "features",
+        "generator",
+    }
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from elmd.cli import compose
 from elmd.config import Config
 from elmd.errors import ConfigError
-from elmd.stages.chain import Chain
+from elmd.stages import chain_of
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -134,7 +134,7 @@ def overrides(combination: str) -> list[str]:
 
 def stages(cfg: Config) -> dict[str, str]:
     """Fingerprint of every stage that the chain of a configuration has."""
-    chain = Chain(cfg, Accelerator(cpu=True))
+    chain = chain_of(cfg, Accelerator(cpu=True))
     return {name: chain.node(name).fingerprint for name in chain.order("generate")}
 
 
@@ -209,7 +209,8 @@ SMALL = [
     "bootstrap.vocab_size=1000", "bootstrap.llm_hidden=64", "bootstrap.llm_steps=5", "bootstrap.retriever_steps=5",
     "bootstrap.retriever_hidden=32", "bootstrap.vision_steps=3", "bootstrap.vision_hidden=16", "vision.frames=2",
     "vision.workers=1", "erm.epochs=1", "erm.batch_size=8", "rep.epochs=2", "rep.lr=1e-1", "eerg.steps=4",
-    "eerg.evaluate_every=2", "eerg.prefix_length=4", "baseline.epochs=1", "generate.max_new_tokens=8",
+    "eerg.evaluate_every=2", "eerg.prefix_length=4", "eerg.lr_adapter=1e-2",
+    "eerg.lr_projector=1e-3", "baseline.epochs=1", "generate.max_new_tokens=8",
 ]  # fmt: skip
 
 #: One path through the libraries on every x86-64 machine with AVX2, or they choose by processor, and rounding differs.

@@ -23,9 +23,11 @@ import elmd.pack.model
 import elmd.reply
 import elmd.stages.generate
 from elmd.cli import compose
-from elmd.config import AdapterKind, Config, Decoder, VisionKind, plain
+from elmd.config import AdapterKind, Config, Decoder, VisionKind
 from elmd.data.samples import save_samples
 from elmd.engine.files import write_json
+from elmd.engine.keys import plain
+from elmd.engine.stage import Job
 from elmd.errors import ArtifactError, CheckpointError, ClipError, ConfigError, DataError
 from elmd.evaluation.predictions import read_predictions
 from elmd.export import main
@@ -40,7 +42,6 @@ from elmd.pack.job import read_job
 from elmd.pack.packing import export
 from elmd.stages import features as features_stage
 from elmd.stages import index as index_stage
-from elmd.stages.base import Job
 from elmd.stages.parts import prompt_of
 from elmd.types import Clip, Sample
 from encoders import make_samples, tiny
@@ -102,7 +103,7 @@ def runs(
         number = len(made)
         cfg = compose(
             ["llm=auto", f"llm.path={llm_folder}", "vision=precomputed",
-             "generate.max_new_tokens=8", "prompt.max_prompt_tokens=400", "cpu=true", *KINDS[kind]]
+             "generate.max_new_tokens=8", "llm.max_prompt_tokens=400", "cpu=true", *KINDS[kind]]
         )  # fmt: skip
         if cfg.vision.kind is VisionKind.encoder:
             cfg.vision.path = str(root / "vision")

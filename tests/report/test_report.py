@@ -16,9 +16,9 @@ import pytest
 
 from conftest import make_samples
 from elmd.cli import compose
-from elmd.config import plain
 from elmd.data.audit import audit
 from elmd.data.samples import save_samples
+from elmd.engine.keys import plain
 from elmd.errors import DataError
 from elmd.evaluation.comparison import compare_systems
 from elmd.evaluation.predictions import Prediction, write_predictions

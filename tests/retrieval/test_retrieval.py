@@ -21,6 +21,7 @@ from torch import Tensor
 
 from elmd.config import Config, DataConfig, ErmConfig, Key, Reader, RetrieverConfig
 from elmd.data.samples import save_samples
+from elmd.engine.stage import Job
 from elmd.errors import ConfigError, DataError
 from elmd.losses import retriever_loss
 from elmd.retrieval import load_retriever, retriever
@@ -28,10 +29,8 @@ from elmd.retrieval.demonstrations import demonstrations, load_demonstrations
 from elmd.retrieval.index import Index
 from elmd.retrieval.retriever import Tokens, add_separation, embed, encode
 from elmd.retrieval.strategy import Settings
-from elmd.stages import depends
 from elmd.stages import erm as erm_stage
 from elmd.stages import index as index_stage
-from elmd.stages.base import Job
 from elmd.stages.erm import Erm, emotion_batches, gather_rows
 from encoders import WIDTH, make_samples
 
@@ -306,14 +305,14 @@ def test_audit_equals_a_count_over_pairs() -> None:
 
 def test_stage_fingerprints_name_what_they_depend_on(bert: Path) -> None:
     cfg = config(bert)
-    assert depends.erm(cfg).files == {"retriever": bert}
-    assert list(depends.erm(cfg).upstream) == ["prepare"]
-    assert "checkpoint_every" not in depends.erm(cfg).config["erm"]
+    assert erm_stage.reads(cfg).files == {"retriever": bert}
+    assert list(erm_stage.reads(cfg).upstream) == ["prepare"]
+    assert "erm.checkpoint_every" not in erm_stage.reads(cfg).counted(cfg)
     cfg.retriever.path = "bootstrap"
-    assert depends.erm(cfg).files == {}
-    assert list(depends.erm(cfg).upstream) == ["prepare", "bootstrap/retriever"]
-    assert list(depends.index(cfg).upstream) == ["prepare", "erm"]
-    assert depends.index(cfg).seed is None
+    assert erm_stage.reads(cfg).files == {}
+    assert list(erm_stage.reads(cfg).upstream) == ["prepare", "bootstrap/retriever"]
+    assert list(index_stage.reads(cfg).upstream) == ["prepare", "erm"]
+    assert "seed" not in index_stage.reads(cfg).keys
 
 
 def test_a_split_without_samples_is_an_error_that_names_it(bert: Path, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from elmd.retrieval.demonstrations import demonstrations
 from elmd.retrieval.index import Index, Queries
 from elmd.retrieval.search import Neighbours
 from elmd.retrieval.strategy import Settings, semantic
-from elmd.stages import depends
 from elmd.stages import index as index_stage
 from elmd.types import SPLITS, Demonstration, Sample, Utterance
 
@@ -211,7 +210,7 @@ def test_only_a_search_that_was_chosen_is_in_the_fingerprint(tmp_path: Path) -> 
         data=DataConfig(name="t", reader=Reader.jsonl, path="x"),
         retriever=RetrieverConfig(name="t", path=str(tmp_path)),
     )
-    assert set(depends.index(cfg).config) == {"k", "key", "allow_same_dialogue"}
+    assert "retriever.search" not in index_stage.reads(cfg).counted(cfg)
     for search in (Search.exact, Search.faiss):
         cfg.retriever.search = search
-        assert depends.index(cfg).config["search"] == search.value
+        assert index_stage.reads(cfg).counted(cfg)["retriever.search"] == search.value

@@ -15,10 +15,9 @@ import clips
 from clips import sample
 from elmd.config import BaselineConfig, BaselineName, Config, Decoder, Sampling, VisionConfig, VisionKind
 from elmd.data.samples import save_samples
+from elmd.engine.stage import Job
 from elmd.errors import ConfigError, DataError
-from elmd.stages import depends
 from elmd.stages import features as stage
-from elmd.stages.base import Job
 from elmd.types import Clip, Sample
 from elmd.vision import store as shards
 from elmd.vision.encoder import VisionEncoder
@@ -248,9 +247,9 @@ def test_one_random_frame_per_sample(tmp_path: Path, encoder: VisionEncoder, no_
     assert outcome.counts["clips"] == 3
     store = FeatureStore(tmp_path / "features")
     assert (store.tokens, store.width) == (TOKENS, WIDTH)
-    uniform, drawn = (depends.features(cfg).config for cfg in (config(tmp_path, frames=1), random))
-    assert uniform["sampling"] == "uniform"
-    assert {key for key in uniform if uniform[key] != drawn[key]} == {"sampling"}
+    uniform, drawn = (stage.reads(cfg).counted(cfg) for cfg in (config(tmp_path, frames=1), random))
+    assert uniform["vision.sampling"] == "uniform"
+    assert {key for key in uniform if uniform[key] != drawn[key]} == {"vision.sampling"}
 
 
 def test_a_resnet_gives_a_vector_for_each_frame(tmp_path: Path, no_workers: None) -> None:
@@ -260,7 +259,7 @@ def test_a_resnet_gives_a_vector_for_each_frame(tmp_path: Path, no_workers: None
     stage.run(cfg, job(tmp_path, [sample(0, Clip(str(clips.write_video(tmp_path / "a.mp4"))))]))
     store = FeatureStore(tmp_path / "features")
     assert (store.tokens, store.width) == (3, 6)
-    assert depends.features(cfg).files == {"vision": resnet}
+    assert stage.reads(cfg).files == {"vision": resnet}
 
 
 def test_precomputed_arrays(tmp_path: Path) -> None:

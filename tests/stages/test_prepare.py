@@ -14,9 +14,8 @@ from dialogues import line, write_cped, write_jsonl, write_m3ed
 from elmd.config import Config, DataConfig, OnMissingClip, Reader, SplitRule
 from elmd.data.audit import audit
 from elmd.data.samples import load_samples
-from elmd.stages import depends
+from elmd.engine.stage import Job
 from elmd.stages import prepare as stage
-from elmd.stages.base import Job
 from elmd.types import SPLITS
 
 
@@ -54,8 +53,8 @@ def test_the_stage_reads_the_tiny_world_from_bootstrap(tmp_path: Path) -> None:
     records = [{"id": s, "split": s, "utterances": [line("甲", "你好"), line("乙", "好")]} for s in SPLITS]
     write_jsonl(tmp_path / "world" / "dialogues.jsonl", *records)
     cfg = config(reader=Reader.tiny, split=SplitRule.official)
-    assert depends.prepare(cfg).upstream == ("bootstrap/world",)
-    assert not depends.prepare(cfg).files
+    assert stage.reads(cfg).upstream == ("bootstrap/world",)
+    assert not stage.reads(cfg).files
     counts = stage.run(cfg, job(tmp_path / "out", {"bootstrap/world": tmp_path / "world"})).counts
     assert counts["samples"] == dict.fromkeys(SPLITS, 1)
 
@@ -64,14 +63,14 @@ def test_depends_on_contents_and_not_on_places(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
     first, second = (config(reader=Reader.jsonl, path=str(talks(tmp_path / name / "d.jsonl"))) for name in "ab")
-    assert depends.prepare(first).config == depends.prepare(second).config
-    assert depends.prepare(first).seed is None
-    assert set(depends.prepare(first).files) == {"data"}
+    assert stage.reads(first).counted(first) == stage.reads(second).counted(second)
+    assert "seed" not in stage.reads(first).keys
+    assert set(stage.reads(first).files) == {"data"}
     official = config(reader=Reader.jsonl, path=first.data.path, split=SplitRule.official, split_seed=5)
-    assert depends.prepare(official).config["split_seed"] is None
+    assert "data.split_seed" not in stage.reads(official).counted(official)
     for changed in ({"split_seed": 1}, {"filters": ["two_speakers"]}, {"on_missing_clip": OnMissingClip.drop}):
         other = config(reader=Reader.jsonl, path=first.data.path, **changed)
-        assert depends.prepare(other).config != depends.prepare(first).config, changed
+        assert stage.reads(other).counted(other) != stage.reads(first).counted(first), changed
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "video_root"])
@@ -81,12 +80,12 @@ def test_a_clip_that_appears_makes_another_artifact(tmp_path: Path, kind: str) -
     else:
         file = write_cped(tmp_path / "c.csv", [("1", "1_0", "1_0_0", "甲", "happy", "好")])
         cfg = config(reader=Reader.cped, path=str(file), video_root=str(tmp_path), video_template="{utterance}.mp4")
-    before = depends.prepare(cfg).config
-    assert depends.prepare(cfg).config == before
+    before = stage.reads(cfg).counted(cfg)
+    assert stage.reads(cfg).counted(cfg) == before
     (tmp_path / "1.mp4").write_bytes(b"x")
-    assert depends.prepare(cfg).config != before
+    assert stage.reads(cfg).counted(cfg) != before
 
 
 def test_m3ed_depends_on_its_annotation_and_not_on_videos_beside_it(tmp_path: Path) -> None:
     folder = write_m3ed(tmp_path / "m", {"S_1": {"S_1_1": {}}}, train=["S"])
-    assert set(depends.prepare(config(reader=Reader.m3ed, path=str(folder))).files) == {"annotation.json", "splitInfo"}
+    assert set(stage.reads(config(reader=Reader.m3ed, path=str(folder))).files) == {"annotation.json", "splitInfo"}

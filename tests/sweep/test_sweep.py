@@ -373,12 +373,12 @@ def test_why_a_job_failed(text: str, reason: str, tmp_path: Path) -> None:
 def test_what_is_scored_is_not_run_again(tmp_path: Path) -> None:
     from accelerate import Accelerator
 
-    from elmd.stages.chain import Chain
+    from elmd.stages import chain_of
 
     jobs = expand([f"runs_dir={tmp_path}", "experiment=demo", "seed=0,1,2,3"])
     alone = Accelerator(cpu=True)
     for job, scored in zip(jobs[:3], ("made", "other", None), strict=True):
-        made = Chain(job.cfg, alone).folder("generate")
+        made = chain_of(job.cfg, alone).folder("generate")
         other = made.with_name("0" * 16)
         for folder in (made, other):
             folder.mkdir(parents=True, exist_ok=True)
@@ -457,7 +457,7 @@ def test_a_real_sweep(command: Command, tmp_path: Path) -> None:
     small = [
         "experiment=demo", "vision=none", "retriever=none", "threads=1", "data.world.train=60", "data.world.valid=15",
         "data.world.test=30", "bootstrap.dialogues=100", "bootstrap.llm_steps=10", "eerg.steps=4",
-        "generate.max_new_tokens=8", "prompt.max_prompt_tokens=200,12", "launcher.slots=2",
+        "generate.max_new_tokens=8", "llm.max_prompt_tokens=200,12", "launcher.slots=2",
     ]  # fmt: skip
     code, out, err = command(*small)
     assert code == 1, err
@@ -468,11 +468,11 @@ def test_a_real_sweep(command: Command, tmp_path: Path) -> None:
     good, bad = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["jobs"]
     assert (good["status"], good["stage"], good["error"]) == ("done", None, None)
     assert (bad["status"], bad["stage"]) == ("failed", "train")
-    assert bad["error"].startswith("prompt.max_prompt_tokens: the instruction and 0 video slots alone exceed 12 tokens")
+    assert bad["error"].startswith("llm.max_prompt_tokens: the instruction and 0 video slots alone exceed 12 tokens")
     scores = json.loads((folder / good["job"] / "scores.json").read_text(encoding="utf-8"))
     assert scores["n"] == 30
     assert (folder / good["job"] / "artifacts.json").is_file()
     assert not (folder / bad["job"] / "scores.json").exists()
-    code, _, err = command(*small[:-2], "prompt.max_prompt_tokens=200", "launcher.slots=2")
+    code, _, err = command(*small[:-2], "llm.max_prompt_tokens=200", "launcher.slots=2")
     assert code == 0, err
     assert "1 jobs, 1 of them up to date" in err

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 SMALL = [
     "stage=all", "threads=1", "data.world.train=40", "data.world.valid=8", "data.world.test=8",
     "bootstrap.dialogues=300", "bootstrap.retriever_steps=5", "bootstrap.vision_steps=5", "erm.epochs=1",
-    "prompt.max_prompt_tokens=260", "prompt.max_target_tokens=24", "rep.epochs=1", "eerg.steps=3",
+    "llm.max_prompt_tokens=260", "llm.max_target_tokens=24", "rep.epochs=1", "eerg.steps=3",
     "eerg.prefix_length=4", "generate.max_new_tokens=6",
 ]  # fmt: skip
 

@@ -125,7 +125,7 @@ class Encoder:
             sample, demonstrations = _cut(part, 0, sample, demonstrations)
         raise ConfigError(
             f"the instruction and {slots} video slots alone exceed {self.max_prompt_tokens} tokens",
-            where="prompt.max_prompt_tokens",
+            where="llm.max_prompt_tokens",
             fix="raise it",
         )
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elmd.checks import CHECKS, Inspection, results
 from elmd.cli import command
-from elmd.config import Config, check_ranges
+from elmd.config import Config
+from elmd.engine.keys import check_ranges
 from elmd.errors import ElmdError
 from elmd.log import is_main, table
-from elmd.stages.checks import CHECKS, Inspection, results
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,9 +105,10 @@ def machine(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
     """Libraries, device and disk."""
     import torch
 
-    from elmd.stages.chain import versions
+    from elmd.engine.provenance import versions
+    from elmd.stages import LIBRARIES
 
-    for library, version in versions().items():
+    for library, version in versions(LIBRARIES).items():
         missing = version == "not installed" and library != "faiss-cpu"  # an extra; a check of its own asks for it
         yield Finding(library, version, "pip install it (see pyproject.toml)" if missing else "", missing)
     if accelerator.device.type == "cuda":
@@ -127,13 +129,13 @@ def machine(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
 
 def stages(cfg: Config, accelerator: Accelerator) -> Iterator[Finding]:
     """Which stages of the chain are up to date; nothing where its inputs are not there yet."""
-    from elmd.stages.chain import Chain
+    from elmd.stages import chain_of
 
     if (size := unhashed(cfg)) > PATIENCE:
         fix = f"their names need checksums of {size / 1e9:.0f} GB of weights, which the first stage computes, once"
         yield Finding("stages", "not looked at", fix)
         return
-    chain = Chain(cfg, accelerator)
+    chain = chain_of(cfg, accelerator)
     try:
         names = list(chain.order("generate"))
     except ElmdError:

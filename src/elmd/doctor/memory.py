@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import GlmConfig, PretrainedConfig
 
+from elmd.checks.agreement import visual_shape
 from elmd.config import BOOTSTRAP, AdapterKind, Config, EergConfig, RepConfig
 from elmd.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.dtypes import pick_dtype
 from elmd.log import table
 from elmd.models.memory import SHARE, Memory, adapter_size, step_memory
-from elmd.stages.checks.agreement import visual_shape
 
 GIB = 2**30
 
@@ -65,7 +65,7 @@ def estimates(cfg: Config, config: PretrainedConfig, *, share: int = 1) -> Itera
         config: of the language model; its weights count in bfloat16 where `llm.dtype` is auto, as on a GPU.
         share: over how many GPUs the frozen weights are spread (FSDP).
     """
-    text, width, prompt = config.get_text_config(decoder=True), visual_shape(cfg)[1], cfg.prompt.max_prompt_tokens
+    text, width, prompt = config.get_text_config(decoder=True), visual_shape(cfg)[1], cfg.llm.max_prompt_tokens
     projector = (width + 1) * text.hidden_size if cfg.sees_video else 0
     config = deepcopy(config)
     # All but eager are fused kernels, and their packages need not be here to count.
@@ -101,7 +101,7 @@ def estimates(cfg: Config, config: PretrainedConfig, *, share: int = 1) -> Itera
     yield from step(
         "EERG",
         cfg.eerg,
-        cfg.prompt.max_target_tokens + 1,
+        cfg.llm.max_target_tokens + 1,
         projector + adapter_size(config, virtual=virtual, lora_rank=rank),
         virtual=virtual,
         lora_rank=rank,

@@ -1,6 +1,6 @@
 """Jobs of an experiment, as their folders and the sweep's record describe them.
 
-A job's folder holds `artifacts.json` (see `elmd.stages.chain.Chain.point`) and, once evaluated, `predictions.jsonl`.
+A job's folder holds `artifacts.json` (see `elmd.engine.chain.Chain.point`) and, once evaluated, `predictions.jsonl`.
 """
 
 from __future__ import annotations

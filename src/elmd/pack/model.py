@@ -28,11 +28,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from elmd.config import Config, Decoder, VisionKind, check_ranges
+from elmd.config import Config, Decoder, VisionKind
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples, Features, no_features
 from elmd.data.prompts import Prompt
 from elmd.data.samples import load_samples
+from elmd.engine.keys import check_ranges
 from elmd.errors import CheckpointError, ClipError, ConfigError, DataError, reason
 from elmd.labels import Emotion
 from elmd.log import logger
@@ -119,7 +120,7 @@ class Pack:
             onto="cpu" if sharding(accelerator) else None,
         )  # fmt: skip
         check_ids(tokenizer, llm.config, path)
-        limits = cfg.prompt
+        limits = cfg.llm
         self.encoder = Encoder(
             tokenizer, Prompt.load(folder / PROMPT), limits.max_prompt_tokens, limits.max_target_tokens
         )

@@ -13,15 +13,61 @@ from torch import Tensor
 from elmd.baselines.base import VOCABULARY, Baseline, Rows, Vocabulary, fit
 from elmd.baselines.dialogpt import DialoGPT
 from elmd.baselines.livebot import Livebot, Shape
-from elmd.config import BaselineName, Config
+from elmd.config import BaselineName, Config, Sampling, VisionKind
 from elmd.data.examples import Features, no_features, shuffled
 from elmd.data.samples import load_samples
+from elmd.engine.stage import Inputs, Job, Outcome
+from elmd.errors import ConfigError
 from elmd.log import table
-from elmd.stages.base import Job, Outcome
-from elmd.stages.depends import baseline_sees_video, frame_rows
+from elmd.stages.parts import shuffling
 from elmd.training.plan import Plan
 from elmd.types import Sample
 from elmd.vision.store import FeatureStore
+
+
+def reads(cfg: Config) -> Inputs:
+    files = {"vocab": Path(cfg.baseline.vocab)} if cfg.baseline.vocab else {}
+    return rows(cfg) | Inputs(("baseline", "seed"), files=files)
+
+
+def rows(cfg: Config) -> Inputs:
+    """What a baseline reads, in training and generation.
+
+    Raises:
+        ConfigError: the configuration names no baseline of this kind, or sizes that do not go together.
+    """
+    chosen = cfg.baseline
+    if not chosen.name.own_model:
+        raise ConfigError(
+            f"baseline={chosen.name} has no network of its own to train",
+            where="stage",
+            fix="choose baseline=dialogpt or livebot, or leave the stage out",
+        )
+    if chosen.width % (2 * chosen.heads):
+        raise ConfigError(
+            f"{chosen.width} cannot be parted among {chosen.heads} heads of even width",
+            where="baseline.width",
+            fix=f"use a multiple of {2 * chosen.heads}",
+        )
+    keys = ["baseline", *(["vision.kind"] if cfg.baseline.name is BaselineName.livebot else [])]
+    if not sees_video(cfg):
+        return Inputs(keys, ("prepare",))
+    return Inputs((*keys, "vision.sampling", "vision.frames", *shuffling(cfg)), ("prepare", "features"))
+
+
+def sees_video(cfg: Config) -> bool:
+    """Whether the baseline looks at frames: Livebot, where the run has video."""
+    return cfg.baseline.name is BaselineName.livebot and cfg.sees_video
+
+
+def frame_rows(cfg: Config) -> int | None:
+    """How many of the last rows of a sample's features are its frames; None: all of them.
+
+    V_c = [V_t ; V_s] ends in V_s, the mean over each frame's query tokens (eq. 8). A ResNet's rows are frames, and a
+    user's own arrays are taken as they are.
+    """
+    pooled = cfg.vision.kind is VisionKind.encoder and cfg.vision.sampling is Sampling.uniform
+    return cfg.vision.frames if pooled else None
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -139,7 +185,7 @@ def rows_for(cfg: Config, model: Baseline, vocabulary: Vocabulary, video: Featur
 
 def frames_of(cfg: Config, job: Job, samples: Sequence[Sample]) -> tuple[Features, int]:
     """Frame features [F, q] by sample id, and q; 0 without video."""
-    if not baseline_sees_video(cfg):
+    if not sees_video(cfg):
         return no_features, 0
     store, last = FeatureStore(job.upstream["features"]), frame_rows(cfg)
 

@@ -21,9 +21,9 @@ from elmd.config import BootstrapText, Config
 from elmd.data.encode import Encoder
 from elmd.data.pairs import pairs
 from elmd.data.samples import load_samples
+from elmd.engine.stage import Inputs, Job, Outcome
 from elmd.errors import DataError
 from elmd.log import table
-from elmd.stages.base import Job, Outcome
 from elmd.tiny.standins import hold_out, lessons, train_llm, train_retriever, train_tokenizer, train_vision
 from elmd.tiny.world import pretraining, topic_of, write_world
 from elmd.types import SPLITS, Sample
@@ -32,6 +32,10 @@ LIKE = 0.8  # share of the demonstrations in the language model's text that answ
 
 
 # --- the world -----------------------------------------------------------------------------------------------------
+
+
+def reads_world(cfg: Config) -> Inputs:
+    return Inputs(("data.world",))
 
 
 def world(cfg: Config, job: Job) -> Outcome:
@@ -58,6 +62,14 @@ def world(cfg: Config, job: Job) -> Outcome:
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
+
+
+def reads_text(cfg: Config) -> Inputs:
+    """Whatever the text of a stand-in is made of."""
+    keys = ("bootstrap.text", "bootstrap.seed")
+    if cfg.bootstrap.text is BootstrapText.data:
+        return Inputs(keys, ("prepare",))
+    return Inputs((*keys, "bootstrap.dialogues"))
 
 
 def text_samples(cfg: Config, job: Job) -> list[Sample]:
@@ -107,6 +119,13 @@ def like(samples: Sequence[Sample], by_show: bool) -> Callable[[Sample, Random],
 # --- language model ------------------------------------------------------------------------------------------------
 
 
+def reads_llm(cfg: Config) -> Inputs:
+    # Real text is read so often that there are as many dialogues as are made otherwise.
+    keys = ["bootstrap.vocab_size", "bootstrap.dialogues", "bootstrap.llm_hidden", "bootstrap.llm_layers"]
+    keys += ["bootstrap.llm_steps", "bootstrap.llm_batch", "bootstrap.llm_lr"]
+    return reads_text(cfg) | Inputs((*keys, "prompt", "llm.max_prompt_tokens", "llm.max_target_tokens"))
+
+
 def llm(cfg: Config, job: Job) -> Outcome:
     from elmd.stages.parts import prompt_of
 
@@ -126,7 +145,7 @@ def llm(cfg: Config, job: Job) -> Outcome:
     unseen = list(lessons(held, like(kept, own), prompt, boot.seed, scenes=own))
     # Real text has thousands of characters; the rarest of them are left to bytes so that words become pieces too.
     tokenizer = train_tokenizer(texts[:4000], boot.vocab_size, coverage=1.0 if own else 0.99)
-    encoder = Encoder(tokenizer, prompt, cfg.prompt.max_prompt_tokens, cfg.prompt.max_target_tokens)
+    encoder = Encoder(tokenizer, prompt, cfg.llm.max_prompt_tokens, cfg.llm.max_target_tokens)
     model, found = train_llm(
         texts, unseen, encoder, hidden=boot.llm_hidden, layers=boot.llm_layers, steps=boot.llm_steps, lr=boot.llm_lr,
         batch=boot.llm_batch, seed=boot.seed,
@@ -139,6 +158,10 @@ def llm(cfg: Config, job: Job) -> Outcome:
 # --- vision tower --------------------------------------------------------------------------------------------------
 
 
+def reads_vision(cfg: Config) -> Inputs:
+    return Inputs(("bootstrap.vision_hidden", "bootstrap.vision_steps", "bootstrap.vision_lr", "bootstrap.seed"))
+
+
 def vision(cfg: Config, job: Job) -> Outcome:
     if not job.accelerator.is_main_process:
         return Outcome()
@@ -149,6 +172,11 @@ def vision(cfg: Config, job: Job) -> Outcome:
 
 
 # --- sentence encoder ----------------------------------------------------------------------------------------------
+
+
+def reads_retriever(cfg: Config) -> Inputs:
+    keys = ("bootstrap.retriever_hidden", "bootstrap.retriever_steps", "bootstrap.retriever_lr")
+    return reads_text(cfg) | Inputs(keys)
 
 
 def retriever(cfg: Config, job: Job) -> Outcome:

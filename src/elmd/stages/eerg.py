@@ -7,17 +7,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from elmd.config import AdapterKind, Config, EergConfig
+from elmd.config import AdapterKind, Config, EergConfig, ProjectorInit
 from elmd.data.prompts import Task
+from elmd.engine.stage import Inputs, Job, Outcome
 from elmd.errors import CheckpointError
 from elmd.log import table
 from elmd.models import PROJECTOR
 from elmd.models.adapter import Adapter, Lora, Prefix, load_adapter
 from elmd.models.elmd import Elmd
 from elmd.models.projector import Projector
-from elmd.stages.base import Job, Outcome
-from elmd.stages.depends import starts_from_rep
-from elmd.stages.parts import load_parts, place
+from elmd.stages.parts import load_parts, place, reads_parts
 from elmd.training.loop import fit
 from elmd.training.plan import Plan
 from elmd.training.tokens import ElmdObjective, token_loss
@@ -45,6 +44,20 @@ def create_adapter(llm: PreTrainedModel, eerg: EergConfig) -> Adapter | None:
     if eerg.adapter is AdapterKind.lora:
         return Lora.create(llm, eerg.lora_rank, eerg.lora_alpha, eerg.lora_dropout)
     return None
+
+
+def reads(cfg: Config) -> Inputs:
+    start = cfg.eerg.adapter_from
+    return reads_parts(cfg) | Inputs(
+        ("eerg", "seed"),
+        upstream=("rep",) if starts_from_rep(cfg) else (),
+        files={"adapter": Path(start)} if start else {},
+    )
+
+
+def starts_from_rep(cfg: Config) -> bool:
+    """Whether EERG's projector comes from REP; w/o V there is none, w/o REP it starts at random."""
+    return cfg.sees_video and cfg.eerg.projector_from is ProjectorInit.rep
 
 
 def run(cfg: Config, job: Job) -> Outcome:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from elmd.config import Config
 from elmd.data.samples import load_samples
 from elmd.engine.files import replace_folder
+from elmd.engine.stage import Inputs, Job, Outcome
 from elmd.errors import ConfigError, DataError
 from elmd.labels import EMOTIONS, INDEX
 from elmd.log import table
@@ -24,17 +25,28 @@ from elmd.losses import retriever_loss
 from elmd.metrics.retrieval import match_scores
 from elmd.retrieval.index import Index
 from elmd.retrieval.retriever import Tokens, add_separation, cut_texts, embed, encode, load_retriever, separation_of
-from elmd.stages.base import Job, Outcome, checkpoint_path
+from elmd.stages.checkpoints import checkpoint, checkpoint_path
 from elmd.training.loop import Positions, fit
 from elmd.training.plan import Plan
 from elmd.types import Sample
+
+
+def reads(cfg: Config) -> Inputs:
+    """
+    Raises:
+        ConfigError: the configuration has no retriever.
+    """
+    if not cfg.retrieves:
+        raise ConfigError("this configuration retrieves nothing", where="retriever.k", fix="there is no ERM to train")
+    keys = ("erm", "retriever.max_tokens", "retriever.key", "seed")
+    return Inputs(keys, ("prepare",)) | checkpoint("retriever", cfg.retriever.path)
 
 
 def run(cfg: Config, job: Job) -> Outcome:
     # 1. Data, and the raw encoder with a new self-separation.
     samples = load_samples(job.upstream["prepare"] / "samples.jsonl")
     splits = {split: [s for s in samples if s.split == split] for split in ("train", "valid", "test")}
-    path = checkpoint_path(cfg.retriever.path, "retriever", job)
+    path = checkpoint_path("retriever", cfg.retriever.path, job)
     model = load_retriever(path, max_tokens=cfg.retriever.max_tokens, device=job.accelerator.device)
     if cfg.erm.separation_weight:  # w/o SSC there is nothing that would train it
         with torch.random.fork_rng(devices=[]):

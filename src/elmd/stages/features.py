@@ -17,10 +17,10 @@ from elmd.config import Config, VisionConfig, VisionKind
 from elmd.data.samples import load_samples
 from elmd.dtypes import pick_dtype
 from elmd.engine.files import write_json
+from elmd.engine.stage import Inputs, Job, Outcome
 from elmd.errors import ClipError, ConfigError, DataError
 from elmd.log import logger, table
-from elmd.stages.base import Job, Outcome, checkpoint_path
-from elmd.stages.depends import vision_weights
+from elmd.stages.checkpoints import checkpoint, checkpoint_path
 from elmd.types import Sample
 from elmd.vision.arrays import ArrayReader
 from elmd.vision.clips import ClipEncoder, FeatureMaker, Plan
@@ -29,6 +29,20 @@ from elmd.vision.resnet import ResNetEncoder
 from elmd.vision.store import INDEX, ShardWriter, index_of, read_shards
 
 FAILED = "failed.json"
+
+
+def reads(cfg: Config) -> Inputs:
+    if cfg.vision.kind is VisionKind.precomputed:
+        return Inputs(("vision.kind", "vision.shape"), ("prepare",))
+    # dtype changes the numbers; what `auto` becomes depends on the device, which is no part of a fingerprint
+    keys = ("vision.kind", "vision.frames", "vision.sampling", "vision.decoder", "vision.dtype")
+    key = "baseline.resnet" if cfg.vision.kind is VisionKind.resnet else "vision.path"
+    return Inputs(keys, ("prepare",)) | checkpoint("vision", weights(cfg), key)
+
+
+def weights(cfg: Config) -> str | None:
+    """Where the encoder lies. Not `vision.path` for a ResNet: in a sweep that is the other systems' encoder."""
+    return cfg.baseline.resnet if cfg.vision.kind is VisionKind.resnet else cfg.vision.path
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -76,7 +90,7 @@ def feature_maker(cfg: Config, job: Job) -> FeatureMaker:
     """What makes the features of `cfg.vision.kind`."""
     if cfg.vision.kind is VisionKind.precomputed:
         return ArrayReader(cfg.vision.shape)
-    return clip_encoder(cfg.vision, checkpoint_path(vision_weights(cfg), "vision", job), job.accelerator.device)
+    return clip_encoder(cfg.vision, checkpoint_path("vision", weights(cfg), job), job.accelerator.device)
 
 
 def clip_encoder(vision: VisionConfig, weights: Path, device: torch.device) -> ClipEncoder:

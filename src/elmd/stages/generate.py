@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from elmd.baselines import base as baselines
-from elmd.config import Config
+from elmd.config import BaselineName, Config
 from elmd.data.prompts import SLOTS, Prompt
 from elmd.data.samples import load_samples
+from elmd.engine.stage import Inputs, Job, Outcome
+from elmd.errors import ConfigError
 from elmd.evaluation.jobs import PREDICTIONS
 from elmd.evaluation.predictions import Prediction, write_predictions
 from elmd.labels import Emotion
@@ -17,9 +19,8 @@ from elmd.log import table
 from elmd.models.decode import generate_all
 from elmd.models.elmd import Elmd
 from elmd.stages import baseline
-from elmd.stages.base import Job, Outcome
 from elmd.stages.eerg import task_of
-from elmd.stages.parts import load_parts, place
+from elmd.stages.parts import load_parts, place, reads_parts
 from elmd.types import Sample
 
 
@@ -55,6 +56,24 @@ class Author:
     write: Callable[[Sequence[int]], list[list[Reply]]]
     names_emotions: bool
     counts: dict[str, Any]
+
+
+def reads(cfg: Config) -> Inputs:
+    """
+    Raises:
+        ConfigError: DialoGPT has no positions for so many new tokens.
+    """
+    own = Inputs(("generate",), ("generator",))
+    if not cfg.baseline.name.own_model:
+        return reads_parts(cfg) | own | Inputs(("baseline.name", "eerg.with_emotion"))
+    most = cfg.baseline.max_tokens
+    if cfg.baseline.name is BaselineName.dialogpt and cfg.generate.max_new_tokens > most:
+        raise ConfigError(
+            f"a reply may have {cfg.generate.max_new_tokens} tokens, and DialoGPT learns {most} at most",
+            where="generate.max_new_tokens",
+            fix="lower it, or raise baseline.max_tokens before training",
+        )
+    return baseline.rows(cfg) | own
 
 
 def run(cfg: Config, job: Job) -> Outcome:
@@ -99,8 +118,8 @@ def _elmd(cfg: Config, job: Job) -> Author:
     """ELMD, and VisualGLM of its parts."""
     parts = load_parts(cfg, job)
     # The prompt is the one that the model was trained with, whatever the configuration says now.
-    parts.encoder.prompt = Prompt.load(job.upstream["eerg"] / "prompt.json")
-    model = place(Elmd.load(job.upstream["eerg"], parts.llm), job.accelerator)
+    parts.encoder.prompt = Prompt.load(job.upstream["generator"] / "prompt.json")
+    model = place(Elmd.load(job.upstream["generator"], parts.llm), job.accelerator)
     samples, task = parts.split(cfg.generate.split), task_of(cfg)
     examples = parts.examples(samples, task, with_target=False)
     tokenizer, prompt = parts.encoder.tokenizer, parts.encoder.prompt
@@ -141,7 +160,7 @@ def _baseline(cfg: Config, job: Job) -> Author:
     """DialoGPT or Livebot: they read the dialogue's text (and frames), name no emotion and see no demonstration."""
     every = load_samples(job.upstream["prepare"] / "samples.jsonl")
     samples = [sample for sample in every if sample.split == cfg.generate.split]
-    model, vocabulary = baseline.load(cfg, job.upstream["baseline"])
+    model, vocabulary = baseline.load(cfg, job.upstream["generator"])
     model.to(job.accelerator.device)
     video, width = baseline.frames_of(cfg, job, every)
     rows = baseline.rows_for(cfg, model, vocabulary, video, width)(samples, with_reply=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elmd.config import Config, Search
 from elmd.data.samples import load_samples
+from elmd.engine.stage import Inputs, Job, Outcome
 from elmd.errors import ConfigError, DataError
 from elmd.log import logger, table
 from elmd.retrieval.demonstrations import DEMONSTRATIONS, demonstrations, save_demonstrations
@@ -20,13 +21,17 @@ from elmd.retrieval.index import Index, Queries
 from elmd.retrieval.retriever import encode, load_retriever
 from elmd.retrieval.search import load_faiss
 from elmd.retrieval.strategy import Settings, semantic
-from elmd.stages.base import Job, Outcome
 from elmd.types import SPLITS, Demonstration, Sample, Utterance
 
 #: Candidates up to which search=auto is exact.
 MANY = 100_000
 #: Queries of all splits together whose recall is measured.
 RECALLED = 1000
+
+
+def reads(cfg: Config) -> Inputs:
+    keys = ("retriever.k", "retriever.key", "retriever.allow_same_dialogue", "retriever.search")
+    return Inputs(keys, ("prepare", "erm"))
 
 
 def run(cfg: Config, job: Job) -> Outcome:

@@ -16,6 +16,7 @@ from elmd.data.encode import Encoder
 from elmd.data.examples import Examples, Features, no_features, shuffled
 from elmd.data.prompts import Prompt, Task
 from elmd.data.samples import load_samples
+from elmd.engine.stage import Inputs, Job
 from elmd.errors import ArtifactError, CheckpointError
 from elmd.labels import EMOTIONS, WORDS, Emotion
 from elmd.log import logger
@@ -25,10 +26,28 @@ from elmd.models.llm import load_llm
 from elmd.models.memory import needs_checkpointing
 from elmd.models.sharding import shard, sharding
 from elmd.retrieval.demonstrations import DEMONSTRATIONS, load_demonstrations
-from elmd.stages.base import Job, checkpoint_path
+from elmd.stages.checkpoints import checkpoint, checkpoint_path
 from elmd.training.tokens import ElmdObjective
 from elmd.types import Demonstration, Sample, Utterance
 from elmd.vision.store import FeatureStore
+
+
+def reads_parts(cfg: Config) -> Inputs:
+    """What REP, EERG and replies read, as far as the configuration has it (w/o ERM: no index; w/o V: no features)."""
+    upstream = ["prepare"]
+    keys = ["prompt", "llm.dtype", "llm.attention", "llm.max_prompt_tokens", "llm.max_target_tokens"]
+    keys += ["vision.kind", "retriever.k"]
+    if cfg.retrieves:
+        upstream.append("index")
+    if cfg.sees_video:
+        upstream.append("features")
+        keys += shuffling(cfg)
+    return Inputs(keys, upstream) | checkpoint("llm", cfg.llm.path)
+
+
+def shuffling(cfg: Config) -> list[str]:
+    """Keys that say how clips are permuted among samples."""
+    return ["vision.shuffle", *(["data.split_seed"] if cfg.vision.shuffle else [])]
 
 
 @dataclass
@@ -118,14 +137,14 @@ def load_parts(cfg: Config, job: Job) -> Parts:
         if cfg.vision.shuffle:
             features = shuffled(features, samples, seed=cfg.data.split_seed)
     llm, tokenizer = load_llm(
-        checkpoint_path(cfg.llm.path, "llm", job),
+        checkpoint_path("llm", cfg.llm.path, job),
         dtype=cfg.llm.dtype,
         attention=cfg.llm.attention,
         device=job.accelerator.device,
         onto="cpu" if sharding(job.accelerator) else None,  # the GPU may hold a part only
     )
     check_ids(tokenizer, llm.config, cfg.llm.path)
-    return Parts(samples, demonstrations, features, width, llm, encoder_of(tokenizer, cfg.prompt))
+    return Parts(samples, demonstrations, features, width, llm, encoder_of(tokenizer, cfg))
 
 
 def check_ids(tokenizer: Any, config: PreTrainedConfig, path: str | Path | None) -> None:
@@ -159,9 +178,9 @@ def shortest_prompt(encoder: Encoder, slots: int) -> int:
     return encoder(Sample("", "", "", "train", (), turn, turn), (), "eerg", slots, with_target=False).length
 
 
-def encoder_of(tokenizer: Any, config: PromptConfig) -> Encoder:
+def encoder_of(tokenizer: Any, cfg: Config) -> Encoder:
     """The encoder of a configuration."""
-    return Encoder(tokenizer, prompt_of(config), config.max_prompt_tokens, config.max_target_tokens)
+    return Encoder(tokenizer, prompt_of(cfg.prompt), cfg.llm.max_prompt_tokens, cfg.llm.max_target_tokens)
 
 
 def prompt_of(config: PromptConfig) -> Prompt:

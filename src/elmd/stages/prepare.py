@@ -5,27 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from elmd.config import Config
+from elmd.config import Config, SplitRule
 from elmd.data.audit import audit
 from elmd.data.readers import dataset
 from elmd.data.readers.source import Source, load_background
 from elmd.data.samples import prepare, save_samples
 from elmd.engine.files import write_json
+from elmd.engine.stage import Inputs, Job, Outcome
 from elmd.log import table
-from elmd.stages.base import Job, Outcome
-from elmd.stages.depends import WORLD
 from elmd.types import SPLITS
 
 SAMPLES, AUDIT = "samples.jsonl", "audit.json"
+
+
+def reads(cfg: Config) -> Inputs:
+    data, kind = cfg.data, dataset(cfg.data.reader)
+    keys = ["data.reader", "data.path", "data.split", "data.filters", "data.on_missing_clip", "data.emotion_map"]
+    keys += ["data.background", "data.video_root", "data.video_template"]
+    if data.split is not SplitRule.official:
+        keys.append("data.split_seed")
+    files = {
+        word: Path(path)
+        for word, path in (("emotion_map", data.emotion_map), ("background", data.background))
+        if path is not None
+    }
+    if kind.upstream:
+        return Inputs(keys, (kind.upstream,), files)
+    path = Path(data.path or "")
+    media = kind.listing(path, _video_root(cfg), data.video_template)
+    return Inputs(keys, (), {**kind.contents(path), **files}, {"media": media})
 
 
 def run(cfg: Config, job: Job) -> Outcome:
     """Every rank reads and counts, so that all of them stop at the same error; rank 0 writes."""
     data = cfg.data
     found = prepare(
-        read(cfg, job.upstream.get(WORLD)),
+        read(cfg, job),
         split=data.split.value,
-        seed=data.split_seed,
+        seed=0 if data.split is SplitRule.official else data.split_seed,
         filters=data.filters,
         on_missing_clip=data.on_missing_clip.value,
         background=load_background(Path(data.background)) if data.background else None,
@@ -38,14 +55,16 @@ def run(cfg: Config, job: Job) -> Outcome:
     return Outcome(counts=found.counts)
 
 
-def read(cfg: Config, world: Path | None) -> Source:
-    """The source that the configuration names; `world` is the folder of the tiny world, where data=tiny."""
+def read(cfg: Config, job: Job) -> Source:
+    """The source that the configuration names."""
     data, kind = cfg.data, dataset(cfg.data.reader)
-    path = world if kind.upstream else Path(data.path or "")
-    assert path is not None, "it is upstream of data=tiny"
+    path = job.upstream[kind.upstream] if kind.upstream else Path(data.path or "")
     emotion_map = Path(data.emotion_map) if data.emotion_map else None
-    root = Path(data.video_root) if data.video_root else None
-    return kind.source(path, emotion_map, root, data.video_template)
+    return kind.source(path, emotion_map, _video_root(cfg), data.video_template)
+
+
+def _video_root(cfg: Config) -> Path | None:
+    return Path(cfg.data.video_root) if cfg.data.video_root else None
 
 
 def show(counts: dict[str, Any], report: dict[str, Any]) -> None:

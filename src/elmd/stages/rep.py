@@ -11,7 +11,8 @@ import torch
 from elmd.config import Config
 from elmd.data.examples import Examples
 from elmd.engine.files import write_json
-from elmd.errors import CheckpointError
+from elmd.engine.stage import Inputs, Job, Outcome
+from elmd.errors import CheckpointError, ConfigError
 from elmd.labels import EMOTIONS
 from elmd.log import logger, table
 from elmd.metrics.emotion import emotion_scores
@@ -19,12 +20,26 @@ from elmd.models.decode import predict_emotions
 from elmd.models.elmd import Elmd
 from elmd.models.projector import Projector
 from elmd.plots import confusion
-from elmd.stages.base import Job, Outcome
-from elmd.stages.parts import Parts, load_parts, place
+from elmd.stages.parts import Parts, load_parts, place, reads_parts
 from elmd.training.loop import fit
 from elmd.training.plan import Plan
 from elmd.training.tokens import ElmdObjective
 from elmd.types import Sample
+
+
+def reads(cfg: Config) -> Inputs:
+    """
+    Raises:
+        ConfigError: the configuration has no projector.
+    """
+    if not cfg.sees_video:
+        raise ConfigError(
+            "REP trains the visual projector, and vision=none has none",
+            where="stage",
+            fix="choose a vision=… that sees video, or go on with stage=eerg",
+        )
+    start = cfg.rep.projector_from
+    return reads_parts(cfg) | Inputs(("rep", "seed"), files={"projector": Path(start)} if start else {})
 
 
 def run(cfg: Config, job: Job) -> Outcome:

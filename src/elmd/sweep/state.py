@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from elmd.config import plain
 from elmd.engine.files import read_json, write_json
+from elmd.engine.keys import plain
 from elmd.engine.store import Store
 from elmd.errors import ElmdError
 from elmd.evaluation.jobs import SWEEP
@@ -88,12 +88,12 @@ def up_to_date(jobs: Sequence[Job]) -> set[str]:
     """
     from accelerate import Accelerator
 
-    from elmd.stages.chain import Chain
+    from elmd.stages import chain_of
 
     accelerator, names = Accelerator(cpu=True), set()
     for job in jobs:
         try:
-            folder = Chain(job.cfg, accelerator).folder("generate")
+            folder = chain_of(job.cfg, accelerator).folder("generate")
         except ElmdError as error:
             where = ": ".join(filter(None, [f"job {job.name}", error.where]))
             raise type(error)(error.what, where=where, fix=error.fix) from error

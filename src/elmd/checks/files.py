@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from elmd.checks.base import Check, Inspection, Seen, in_hub_cache, object_in
+from elmd.checks.rules import DOWNLOADS, how_to_get
 from elmd.config import BOOTSTRAP, BaselineName, OnMissingClip, Reader, VisionKind
 from elmd.engine.hub import is_hub_id
 from elmd.errors import CheckpointError, ConfigError, DataError, reason
-from elmd.stages.checks.base import Check, Inspection, Seen, in_hub_cache, object_in
-from elmd.stages.checks.rules import DOWNLOADS, how_to_get
 
 #: Files smaller than this (bytes) hold no weights: what git leaves where large files were not fetched.
 _POINTER = 1024

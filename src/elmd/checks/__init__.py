@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from elmd.config import Config, check_ranges
+from elmd.checks.agreement import AGREEMENT
+from elmd.checks.base import Check, Inspection, Level, Seen, results
+from elmd.checks.files import FILES
+from elmd.checks.rules import RULES
+from elmd.config import Config
+from elmd.engine.keys import check_ranges
 from elmd.errors import ElmdError
-from elmd.stages.checks.agreement import AGREEMENT
-from elmd.stages.checks.base import Check, Inspection, Level, Seen, results
-from elmd.stages.checks.files import FILES
-from elmd.stages.checks.rules import RULES
 
 __all__ = ["CHECKS", "Check", "Inspection", "Seen", "check", "preflight", "results"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from elmd.checks.base import Check, Inspection
 from elmd.config import (
     ATTENTION,
     AdapterKind,
@@ -17,7 +18,6 @@ from elmd.config import (
     VisionKind,
 )
 from elmd.errors import ConfigError
-from elmd.stages.checks.base import Check, Inspection
 
 #: Where the public checkpoints and data sets come from; data/README.md says more.
 DOWNLOADS = {
@@ -69,6 +69,11 @@ def bootstrap_text(cfg: Config) -> None:
             where="bootstrap.text",
             fix="set bootstrap.text=tiny, or choose data=cped, m3ed or jsonl",
         )
+
+
+def seeds(cfg: Config) -> None:
+    if not cfg.generate.seeds:
+        raise ConfigError("there is no seed to decode with", where="generate.seeds", fix="use [0], or several")
 
 
 def stage(cfg: Config) -> None:
@@ -158,6 +163,7 @@ RULES = (
     _rule("data.path", data_path),
     _rule("bootstrap.text", bootstrap_text),
     _rule("stage", stage),
+    _rule("generate.seeds", seeds),
     _rule("llm.path", llm_path),
     _rule("vision.path", vision_path),
     _rule("retriever.path", retriever_path),

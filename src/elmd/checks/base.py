@@ -93,7 +93,7 @@ class Inspection:
         """
         from elmd.stages.parts import encoder_of
 
-        return encoder_of(self.tokenizer, self.cfg.prompt)
+        return encoder_of(self.tokenizer, self.cfg)
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from elmd.checks import CHECKS, Inspection, Seen, preflight, results
+from elmd.checks.agreement import visual_shape
 from elmd.cli import compose
 from elmd.config import Config
 from elmd.convert.chatglm2 import CHATGLM2_6B
 from elmd.convert.tokenizer import chatglm2_tokenizer, train_pieces
 from elmd.errors import CheckpointError, ConfigError, ElmdError
 from elmd.models.llm import load_llm
-from elmd.stages.checks import CHECKS, Inspection, Seen, preflight, results
-from elmd.stages.checks.agreement import visual_shape
 
 WEIGHTS = save({"w": torch.zeros(512)})  # only its header is read
 
@@ -284,7 +284,7 @@ def another_prefix(folder: Path) -> None:
     [
         (without_template, "prompt", "has no chat template", "chat model's checkpoint"),
         (fewer_rows, "tokenizer", "its embedding 50 rows", "of different models"),
-        (few_positions, "longest row", "1,152 tokens, the model has 1,151", "lower prompt.max_prompt_tokens"),
+        (few_positions, "longest row", "1,152 tokens, the model has 1,151", "lower llm.max_prompt_tokens"),
         (no_tokenizer, "tokenizer", "has no tokenizer that AutoTokenizer loads", "fetch its tokenizer's files"),
         (no_chinese, "emotion words", "高兴 惊讶 悲伤 厌恶 愤怒 恐惧 中性 not in the vocabulary", "knows Chinese"),
         (
@@ -333,7 +333,7 @@ def test_an_adapter_to_begin_with(llm: Path, tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_leaves_no_room(llm: Path) -> None:
-    error = refused(config("prompt.max_prompt_tokens=60", llm=str(llm)), "prompt")
+    error = refused(config("llm.max_prompt_tokens=60", llm=str(llm)), "prompt")
     assert "the instruction and 40 video slots alone exceed 60 tokens" in str(error)
 
 
@@ -478,7 +478,7 @@ def test_a_language_model_is_looked_at_before_the_long_stages(llm_folder: Path, 
     assert "has no chat template" in refusal(change=without_template)
     assert "cannot be used here" in refusal("llm.attention=flash_attention_2")
     assert "'int8' is no floating dtype" in refusal("llm.dtype=int8")
-    assert "exceed 12 tokens" in refusal("prompt.max_prompt_tokens=12")
+    assert "exceed 12 tokens" in refusal("llm.max_prompt_tokens=12")
     assert "is no visual projector" in refusal(f"rep.projector_from={llm_folder}/model.safetensors")
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from elmd.checks.base import Check, Inspection, Seen, object_in
+from elmd.checks.files import shapes
 from elmd.config import BOOTSTRAP, Config, Sampling, Search, VisionKind
 from elmd.errors import CheckpointError, ConfigError
 from elmd.labels import WORDS
-from elmd.stages.checks.base import Check, Inspection, Seen, object_in
-from elmd.stages.checks.files import shapes
 
 
 def visual_shape(cfg: Config) -> tuple[int, int]:
@@ -122,21 +122,21 @@ def prompt(of: Inspection) -> Seen:
     """The prompt has room for the instruction and the video."""
     from elmd.stages.parts import shortest_prompt
 
-    slots, limit = visual_shape(of.cfg)[0], of.cfg.prompt.max_prompt_tokens
+    slots, limit = visual_shape(of.cfg)[0], of.cfg.llm.max_prompt_tokens
     length = shortest_prompt(of.encoder, slots)
     return Seen(f"{length} tokens of {limit:,} before any dialogue, {slots} of them visual")
 
 
 def longest_row(of: Inspection) -> Seen | None:
     """The model has positions for the longest prompt and target."""
-    longest = of.cfg.prompt.max_prompt_tokens + of.cfg.prompt.max_target_tokens
+    longest = of.cfg.llm.max_prompt_tokens + of.cfg.llm.max_target_tokens
     positions = getattr(of.llm_config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is None:
         return None
     seen = f"{longest:,} tokens, the model has {positions:,} positions"
     if longest > positions:
-        fix = "lower prompt.max_prompt_tokens or prompt.max_target_tokens"
-        raise ConfigError(seen, where="prompt.max_prompt_tokens", fix=fix)
+        fix = "lower llm.max_prompt_tokens or llm.max_target_tokens"
+        raise ConfigError(seen, where="llm.max_prompt_tokens", fix=fix)
     return Seen(seen)
 
 
