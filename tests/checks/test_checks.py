@@ -477,9 +477,14 @@ def test_a_language_model_is_looked_at_before_the_long_stages(llm_folder: Path, 
     assert "ChatGLM2 as published" in refusal(change=published)
     assert "has no chat template" in refusal(change=without_template)
     assert "cannot be used here" in refusal("llm.attention=flash_attention_2")
-    assert "'int8' is no floating dtype" in refusal("llm.dtype=int8")
     assert "exceed 12 tokens" in refusal("llm.max_prompt_tokens=12")
     assert "is no visual projector" in refusal(f"rep.projector_from={llm_folder}/model.safetensors")
+
+
+@pytest.mark.parametrize("key", ["llm.dtype", "vision.dtype"])
+def test_a_wrong_dtype_is_refused_with_the_command_line(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: 'int8' is no floating dtype; choose from auto, float32, bfloat16"):
+        compose([f"{key}=int8"])
 
 
 def test_a_search_that_is_not_installed_is_told_before_there_is_anything_to_search(

@@ -38,25 +38,6 @@ def _described(cfg: Config) -> tuple[int, int] | None:
 
 
 # ----------------------------------------------------------------------------------------------- can it be loaded here
-def llm_dtype(of: Inspection) -> None:
-    _dtype("llm.dtype", of.cfg.llm.dtype)
-
-
-def vision_dtype(of: Inspection) -> None:
-    _dtype("vision.dtype", of.cfg.vision.dtype)
-
-
-def _dtype(key: str, name: str) -> None:
-    import torch
-
-    from elmd.dtypes import pick_dtype
-
-    try:
-        pick_dtype(name, torch.device("cpu"))
-    except CheckpointError as error:
-        raise ConfigError(error.what, where=key, fix=error.fix) from error
-
-
 def llm_config(of: Inspection) -> Seen:
     """transformers can read the model's configuration."""
     config = of.llm_config.get_text_config(decoder=True)
@@ -221,13 +202,6 @@ def _opens_llm(of: Inspection) -> bool:
 
 _TOKENIZER = ("tokenizer",)
 AGREEMENT = (
-    Check("llm.dtype", "preflight", llm_dtype, when=_generates),
-    Check(
-        "vision.dtype",
-        "preflight",
-        vision_dtype,
-        when=lambda of: of.cfg.vision.kind is VisionKind.encoder and of.runs("features"),
-    ),
     Check("attention", "preflight", attention, when=_generates, needs=("llm.attention",)),
     Check(
         "faiss",

@@ -17,6 +17,7 @@ from elmd.config import (
     StageName,
     VisionKind,
 )
+from elmd.dtypes import check_dtype
 from elmd.errors import ConfigError
 
 #: Where the public checkpoints and data sets come from; data/README.md says more.
@@ -54,6 +55,14 @@ def attention(cfg: Config) -> None:
             where="llm.attention",
             fix=f"choose from {', '.join(ATTENTION)}, or name a repository of kernels at the hub",
         )
+
+
+def llm_dtype(cfg: Config) -> None:
+    check_dtype(cfg.llm.dtype, "llm.dtype")
+
+
+def vision_dtype(cfg: Config) -> None:
+    check_dtype(cfg.vision.dtype, "vision.dtype")
 
 
 def data_path(cfg: Config) -> None:
@@ -160,6 +169,8 @@ def _rule(name: str, holds: Callable[[Config], None]) -> Check:
 
 RULES = (
     _rule("llm.attention", attention),
+    _rule("llm.dtype", llm_dtype),
+    _rule("vision.dtype", vision_dtype),
     _rule("data.path", data_path),
     _rule("bootstrap.text", bootstrap_text),
     _rule("stage", stage),

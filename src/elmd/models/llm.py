@@ -10,42 +10,58 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from elmd.dtypes import pick_dtype
+from elmd.dtypes import check_dtype, pick_dtype
 from elmd.errors import CheckpointError, reason
 from elmd.log import logger
 
 
-def load_llm(
+def load_llm(path: str | Path, *, attention: str = "sdpa", **how: Any) -> tuple[PreTrainedModel, Any]:
+    """A language model, frozen and in eval mode, and its tokenizer.
+
+    Args:
+        path: a folder, or a hub id.
+        attention, how: see `load_weights`.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete or not one that transformers knows without remote code.
+        ConfigError: there is no such dtype.
+    """
+    check_dtype(how.get("dtype", "auto"), "llm.dtype")
+    _, tokenizer = open_llm(path, attention=attention)
+    return load_weights(path, attention=attention, **how), tokenizer
+
+
+def load_weights(
     path: str | Path,
     *,
     dtype: str = "auto",
     attention: str = "sdpa",
     device: torch.device | str = "cpu",
     onto: torch.device | str | None = None,
-) -> tuple[PreTrainedModel, Any]:
-    """The model, frozen and in eval mode, and its tokenizer. Weights are read from safetensors, straight to the device.
+) -> PreTrainedModel:
+    """A language model, frozen and in eval mode. Weights are read from safetensors, straight to the device.
 
     Args:
-        path: a folder, or a hub id.
+        path: a folder, or a hub id; `open_llm` has looked at it.
+        dtype: one of `elmd.dtypes.DTYPES`.
         device: where the model will run.
         onto: where its weights are put now, if not there.
-        dtype: `auto` is bfloat16 on a GPU and float32 on CPU; else a torch name (`float16`, …).
 
     Raises:
-        CheckpointError: the folder is missing, incomplete or not one that transformers knows without remote code.
+        CheckpointError, ConfigError: as `load_llm`.
     """
     device = torch.device(device)
-    _, tokenizer = open_llm(path, attention=attention)
+    kind = pick_dtype(dtype, device)
     if (size := sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))) > 10**9:
         logger.info("reading the language model, %.1f GB (%s)", size / 1e9, path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=pick_dtype(dtype, device), attn_implementation=attention, use_safetensors=True,
+            path, dtype=kind, attn_implementation=attention, use_safetensors=True,
             device_map={"": device if onto is None else onto},
         )  # fmt: skip
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _unusable(path, error) from error
-    return freeze(model), tokenizer
+    return freeze(model)
 
 
 def open_llm(path: str | Path, *, attention: str = "sdpa") -> tuple[PreTrainedConfig, Any]:
@@ -133,8 +149,8 @@ def freeze(model: Any) -> Any:
 def allows_gaps(llm: PreTrainedModel) -> bool:
     """Whether padding may stand in the middle of a row.
 
-    Not where the model goes by columns instead of positions: it takes no positions, a layer looks back at so many
-    columns only, which a hole would be counted among, or a layer is no attention at all.
+    Not where the model counts columns instead of positions: it takes no positions, a layer looks back at a fixed number
+    of columns only, among which a gap would be counted, or a layer is no attention at all.
     """
     if "position_ids" not in inspect.signature(type(llm).forward).parameters:
         return False

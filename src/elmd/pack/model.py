@@ -40,7 +40,7 @@ from elmd.log import logger
 from elmd.models import PROJECTOR
 from elmd.models.decode import generate_all
 from elmd.models.elmd import Elmd
-from elmd.models.llm import load_llm, open_llm
+from elmd.models.llm import load_weights, open_llm
 from elmd.models.sharding import sharding
 from elmd.pack.dialogue import to_sample
 from elmd.pack.folder import (
@@ -115,7 +115,7 @@ class Pack:
                 fix=give_base("llm", base),
             )
         check_weights(path, base, facts["name"], "llm")
-        llm, tokenizer = load_llm(
+        llm = load_weights(
             path, dtype=cfg.llm.dtype, attention=cfg.llm.attention, device=accelerator.device,
             onto="cpu" if sharding(accelerator) else None,
         )  # fmt: skip

@@ -101,7 +101,8 @@ def clip_encoder(vision: VisionConfig, weights: Path, device: torch.device) -> C
     """
     kind = ResNetEncoder if vision.kind is VisionKind.resnet else VisionEncoder
     return ClipEncoder(
-        encoder=kind.load(weights, pick_dtype(vision.dtype, device), device), weights=weights, frames=vision.frames,
+        encoder=kind.load(weights, pick_dtype(vision.dtype, device, "vision.dtype"), device), weights=weights,
+        frames=vision.frames,
         sampling=vision.sampling.value, decoder=vision.decoder.value, workers=vision.workers,
         timeout_s=vision.timeout_s, batch_frames=vision.batch_frames,
     )  # fmt: skip
