@@ -23,7 +23,7 @@ from benchmarks.harness import Case, Way
 from elmd.config import ErmConfig
 from elmd.labels import EMOTIONS
 from elmd.losses import emotion_loss, retriever_loss, separation_loss
-from elmd.stages.erm import Erm
+from elmd.training.contrast import Erm
 from elmd.types import Sample, Utterance
 
 ERM = ErmConfig()
@@ -45,7 +45,9 @@ def made_up(count: int) -> list[Sample]:
 
 
 def task_of(model: SentenceTransformer, samples: Sequence[Sample], size: int) -> Erm:
-    return Erm(model, samples, samples[:2], batch_size=size, seed=0, temperature=ERM.temperature)
+    return Erm(
+        model, {"train": samples, "valid": samples[:2]}, "valid", batch_size=size, seed=0, temperature=ERM.temperature
+    )
 
 
 def losses(batch: int, d: int, s: int) -> Case:

@@ -24,9 +24,9 @@ from elmd.config import ErmConfig, RetrieverConfig
 from elmd.data.pairs import pairs
 from elmd.retrieval.retriever import add_separation, encode
 from elmd.retrieval.search import Neighbours, Pairs, hnsw, nearest
-from elmd.stages.erm import Erm
 from elmd.tiny.standins import descend, train_retriever
 from elmd.tiny.world import SHOWS_TAG, pretraining
+from elmd.training.contrast import Erm
 
 NONE = Pairs(*torch.zeros(2, 0, dtype=torch.long))
 #: Candidates and width: s · d with m3e-base (768 wide) and with the tiny retriever, and the latter's e_u where many.
@@ -66,7 +66,8 @@ def trained(small: bool) -> tuple[dict[str, Tensor], int, str]:
     model = add_separation(encoder, ErmConfig.slots, ErmConfig.separation.value)
     shown = [sample for sample in samples if SHOWS_TAG in sample.utterance.tags]
     held = len(shown) // 5
-    task = Erm(model, shown[held:], shown[:held], batch_size=batch, seed=0, temperature=ErmConfig.temperature)
+    splits = {"train": shown[held:], "valid": shown[:held]}
+    task = Erm(model, splits, "valid", batch_size=batch, seed=0, temperature=ErmConfig.temperature)
     batches = itertools.chain.from_iterable(map(task.batches, itertools.count()))
     parameters = [p for module in task.modules.values() for p in module.parameters() if p.requires_grad]
     descend(parameters, lambda _: next(task.losses(next(batches), 0, 1))[0], then, 1e-3, "ERM")

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from transformers import BertModel
 
 from elmd.errors import CheckpointError
 from elmd.retrieval import load_retriever
-from elmd.retrieval.retriever import add_separation, cut_texts, encode, separation_of
+from elmd.retrieval.retriever import Tokens, add_separation, cut_texts, encode, separation_of
 from encoders import WIDTH
 
 TEXTS = ["我好开心！", "你今天开心吗", "他难过", "我不生气了，你呢", "害怕", "好的。"]
@@ -121,3 +122,14 @@ def test_broken_folders_are_refused_with_their_name(trained_folder: Path, bert: 
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="with safetensors weights"):
         load_retriever(pickled)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_group_is_what_the_tokenizer_makes_of_its_texts(trained: SentenceTransformer, side: str) -> None:
+    trained.tokenizer.padding_side = side
+    tokens = Tokens(trained, TEXTS)
+    for members in ([1, 2, 4], [5, 0], [3]):
+        batch, expected = tokens.batch(torch.tensor(members)), trained.preprocess([TEXTS[i] for i in members])
+        assert batch.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(batch[name], value) if isinstance(value, Tensor) else batch[name] == value

@@ -127,27 +127,24 @@ def separation_of(model: SentenceTransformer) -> SelfSeparation | None:
 
 
 class Tokens:
-    """N texts as the encoder takes them, so that training tokenises each once."""
+    """Texts as the encoder takes them; each different text is tokenised once.
+
+    Attributes:
+        row_of: the row of each text.
+        rows: the encoder's inputs [texts, longest], by name; half as large as what tokenizers return.
+    """
 
     def __init__(self, model: SentenceTransformer, texts: Sequence[str]):
-        features = _features(model, texts)
-        #: [N, longest] each; half as large as what tokenizers return.
+        self.row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
+        features = model.preprocess(list(self.row_of), prompt=prompt)
         self.rows = {name: value.int() for name, value in features.items() if _is_row(value)}
         self.settings = {name: value for name, value in features.items() if not _is_row(value)}
 
-    def lengths(self, members: Tensor) -> Tensor:
-        """Tokens of the texts at `members`, without padding."""
-        return self.rows["attention_mask"][members].sum(dim=1)
-
     def batch(self, members: Tensor) -> dict[str, Any]:
-        """The texts at `members`, padded to the longest of them."""
+        """The texts in the rows `members` [B], padded to the longest of them."""
         used = self.rows["attention_mask"][members].any(dim=0)  # padding may stand on either side
         return {name: value[members][:, used].long() for name, value in self.rows.items()} | self.settings
-
-
-def _features(model: SentenceTransformer, texts: Sequence[str]) -> dict[str, Any]:
-    prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
-    return model.preprocess(list(texts), prompt=prompt)
 
 
 def _is_row(value: Any) -> bool:
@@ -161,19 +158,22 @@ class Embedded(NamedTuple):
     tokens: int
 
 
-def embed(model: SentenceTransformer, tokens: Tokens, members: Sequence[int]) -> Embedded:
-    """Eq. 1 of the texts at `members` [B], in that order, with gradient where enabled.
+def embed(model: SentenceTransformer, tokens: Tokens, texts: Sequence[str]) -> Embedded:
+    """Eq. 1 of B texts, in that order, with gradient where enabled.
 
     They are encoded in groups of like length, so that short ones do not pay for a long one's padding; without dropout
     the result and its gradient are those of one padded batch.
+
+    Args:
+        tokens: of these texts, and perhaps of others.
     """
     encoder = [module for module in model.children() if not isinstance(module, SelfSeparation)]
-    asked = torch.tensor(members)
-    lengths, order = tokens.lengths(asked).sort(stable=True)
+    members = torch.tensor([tokens.row_of[text] for text in texts])  # [B]
+    lengths, order = tokens.rows["attention_mask"][members].sum(dim=1).sort(stable=True)
     parts, run = [], 0
     cost = PASS_TOKENS.get(model.device.type, 1024)
-    for group in bin_pack(lengths.tolist(), range(len(asked)), sys.maxsize, cost=cost):
-        features = batch_to_device(tokens.batch(asked[order[group]]), model.device)
+    for group in bin_pack(lengths.tolist(), range(len(texts)), sys.maxsize, cost=cost):
+        features = batch_to_device(tokens.batch(members[order[group]]), model.device)
         run += features["attention_mask"].numel()
         for module in encoder:
             features = module(features)
@@ -189,29 +189,38 @@ PASS_TOKENS = {"cpu": 64, "cuda": 1024}
 
 @torch.no_grad()
 def encode(
-    model: SentenceTransformer, texts: Sequence[str], *, batch_size: int = 128, what: str | None = None
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 128,
+    tokens: Tokens | None = None,
+    what: str | None = None,
 ) -> dict[str, Tensor]:
-    """The keys that texts are retrieved by, on CPU in fp32: `e_u` [N, d] and, where the model has one, `E_s` [N, s·d].
+    """The keys that N texts are retrieved by, on CPU in fp32: `e_u` [N, d] and, if the model has it, `E_s` [N, s·d].
 
-    Equal texts are encoded once and so get equal vectors, whatever batch they are in.
+    Equal texts are encoded once and so get equal vectors. Which batch a text is in may change the last bits of its
+    vector, so it depends on the other texts in its seventh digit.
+
+    Args:
+        tokens: of these texts and perhaps of others; None tokenises each batch as it comes.
+        what: a progress bar's label; None shows none.
     """
     if not texts:
         raise ValueError("there is no text to encode")
     training = model.training
     model.eval()
     by_length = sorted(dict.fromkeys(texts), key=len)
-    unique = {text: i for i, text in enumerate(by_length)}
-    batches: Any = [by_length[i : i + batch_size] for i in range(0, len(unique), batch_size)]
-    e_u = torch.cat(
-        [
-            embed(model, Tokens(model, batch), range(len(batch))).e_u.float()
-            for batch in (progress(batches, what, unit="batch") if what else batches)
-        ]
-    )
-    rows = torch.tensor([unique[text] for text in texts])
-    keys = {"e_u": e_u.cpu()[rows]}
+    batches: Any = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    parts = [
+        embed(model, tokens or Tokens(model, batch), batch).e_u.float()
+        for batch in (progress(batches, what, unit="batch") if what else batches)
+    ]
+    row_of = {text: row for row, text in enumerate(by_length)}
+    rows = torch.tensor([row_of[text] for text in texts])  # [N]
+    keys = {"e_u": torch.cat(parts).cpu()[rows]}
     if (separation := separation_of(model)) is not None:
-        keys["E_s"] = torch.cat([separation.separate(part).flatten(1).cpu() for part in e_u.split(1024)])[rows]
+        slots = [separation.separate(part).flatten(1).cpu() for part in torch.cat(parts).split(1024)]
+        keys["E_s"] = torch.cat(slots)[rows]
     model.train(training)
     return keys
 
