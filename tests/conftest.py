@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from elmd.labels import Emotion
 from elmd.types import Demonstration, Sample, Utterance
+
+if TYPE_CHECKING:
+    from trained_runs import Runs
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -63,6 +67,22 @@ def trained_folder(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("trained")
     add_separation(load_retriever(bert), 4, "mlp").save_pretrained(str(folder), create_model_card=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, llm_folder: Path, trained_folder: Path) -> Runs:
+    """See `trained_runs.make_runs`."""
+    from trained_runs import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("made") / "runs", llm_folder, trained_folder)
+
+
+@pytest.fixture
+def full_pack(runs: Runs, tmp_path: Path) -> Path:
+    """A pack of the full model."""
+    from trained_runs import pack_of
+
+    return pack_of(runs("full")[0], tmp_path / "pack")
 
 
 def write_llm(folder: Path, layers: int = 2) -> Path:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from elmd import log
 from elmd.cli import guard
+from elmd.pack.folder import earlier_export
+from elmd.pack.trained import read_trained
 
 
 def main() -> None:
@@ -29,10 +31,13 @@ def _main() -> None:
     )
     given = parser.parse_args()
     log.setup()
+    # What is wrong with either folder is said before seconds of loading libraries.
+    trained = read_trained(given.job)
+    earlier_export(given.out)
 
     from elmd.pack.packing import export
 
-    print(f"artifact: {export(given.job, given.out, given.name, given.license, given.language, not given.no_index)}")
+    print(f"artifact: {export(trained, given.out, given.name, given.license, given.language, not given.no_index)}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from elmd import log
 from elmd.cli import guard
 from elmd.engine.files import read_json
 from elmd.errors import DataError
+from elmd.pack.bases import check_base
 from elmd.pack.dialogue import check_clip, turns
-from elmd.pack.folder import check_base, fetch, read_facts
+from elmd.pack.folder import fetch, read_facts
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def _main() -> None:
     given = parser.parse_args()
     log.setup()
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-    # What was typed is looked at before libraries and gigabytes are loaded.
+    # What was typed is checked before libraries and gigabytes are loaded.
     history = read_history(given.history) if given.history else []
     if given.clip:
         check_clip(given.clip)
@@ -65,12 +66,12 @@ def read_history(path: Path) -> list[tuple[str, str]]:
         DataError: it cannot be read, or holds something else.
     """
     try:
-        found = read_json(path)
+        value = read_json(path)
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", where=path, fix="check the path") from error
     except ValueError as error:  # also what is not UTF-8
         raise DataError(f"is not JSON ({error})", where=path, fix='write [["A", "…"], ["B", "…"]]') from error
-    return turns(found, path)
+    return turns(value, path)
 
 
 if __name__ == "__main__":

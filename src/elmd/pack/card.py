@@ -14,7 +14,7 @@ from elmd.engine.files import read_json
 from elmd.evaluation.score_tables import GROUPS, group_table, with_floors
 from elmd.models import ADAPTER, PROJECTOR
 from elmd.pack.folder import INDEX, PROMPT, RETRIEVER, TEXTS
-from elmd.pack.job import Trained
+from elmd.pack.trained import Trained
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
@@ -27,9 +27,14 @@ METRICS = {
 
 
 def model_card(trained: Trained, facts: Mapping[str, Any], *, license: str | None, language: str) -> ModelCard:
-    """The card: metadata that the hub reads, and the text of `model_card.md`."""
+    """The card of a pack.
+
+    Args:
+        facts: the content of `elmd.json`.
+        license, language: as in `elmd.pack.packing.export`.
+    """
     config, scores, data = trained.config, trained.scores, one_line(str(trained.config["data"]["name"]))
-    sees_video, with_emotion = config["vision"]["kind"] != "none", config["eerg"].get("with_emotion", True)
+    sees_video, with_emotion = config["vision"]["kind"] != "none", config["eerg"]["with_emotion"]
     bases = [facts["llm"], *([facts["vision"]] if facts["vision"] else [])]
     results = list(_results(scores, data)) if scores else []
     metadata = ModelCardData(
@@ -44,7 +49,7 @@ def model_card(trained: Trained, facts: Mapping[str, Any], *, license: str | Non
         pipeline_tag="video-text-to-text" if sees_video else "text-generation",
         tags=["elmd", "emotional-dialogue", "dialogue", *(["multimodal"] if sees_video else [])],
     )
-    prepared = trained.manifest("prepare")["counts"]["samples"]
+    prepared = trained.manifest("samples")["counts"]["samples"]
     clip = config["vision"]["kind"] == "encoder"
     loading = "" if facts["llm"]["hub"] else ', llm="path/or/hub-id/of/the/language-model"'
     if clip and not facts["vision"]["hub"]:
@@ -78,19 +83,19 @@ def model_card(trained: Trained, facts: Mapping[str, Any], *, license: str | Non
 
 def _parts(facts: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """What the model is made of: part, where it is, and a word about it."""
-    known, files = facts["llm"], facts["files"]
+    llm, files = facts["llm"], facts["files"]
 
     def elsewhere(base: Mapping[str, Any]) -> str:
         return f"{base['model']}; not packed{', fingerprint ' + base['fingerprint'] if base['fingerprint'] else ''}"
 
-    shape = known["shape"]
+    shape = llm["shape"]
     about = f"{shape['model_type']}, {shape['layers']} layers of width {shape['hidden_size']}, "
-    yield "language model", elsewhere(known), f"{about}vocabulary {shape['vocabulary']}; frozen"
-    kind = config["eerg"].get("adapter", "prefix")
+    yield "language model", elsewhere(llm), f"{about}vocabulary {shape['vocabulary']}; frozen"
+    kind = config["eerg"]["adapter"]
     yield "adapter", f"{ADAPTER}/" if kind != "none" else "none", kind
     vision = config["vision"]
     if facts["vision"]:
-        sampling = f"{vision['frames']} frames, {vision.get('sampling', 'uniform')}"
+        sampling = f"{vision['frames']} frames, {vision['sampling']}"
         yield "vision encoder", elsewhere(facts["vision"]), f"{sampling}; frozen"
     elif vision["kind"] == "precomputed":
         yield "vision encoder", "none", "visual features are read from arrays"
@@ -104,11 +109,11 @@ def _parts(facts: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tupl
 
 
 def _leaks(trained: Trained) -> Iterator[str]:
-    audit = read_json(trained.need("prepare") / "audit.json")
+    audit = read_json(trained.artifact("samples") / "audit.json")
     for pair, shared in audit["shared_dialogues"].items():
         yield f"dialogues in both of {pair}: {shared['dialogues']}"
-    for split, found in audit["responses_in_train"].items():
-        yield f"responses of {split} that are word for word a training response: {found['exact']} of {found['samples']}"
+    for split, count in audit["responses_in_train"].items():
+        yield f"responses of {split} that are word for word a training response: {count['exact']} of {count['samples']}"
 
 
 def _index_note(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -128,11 +133,11 @@ def _index_note(facts: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def _license_note(license: str | None, facts: Mapping[str, Any]) -> str:
-    told = [f"The trained weights: {_plain(license)}." if license else "No license was given for the trained weights."]
+    notes = [f"The trained weights: {_plain(license)}." if license else "No license was given for the trained weights."]
     if facts["index"]:
-        told.append("The texts in `index/` are under the license of the data set.")
-    told.append("The language model and the vision encoder have licenses of their own, which bind their users.")
-    return " ".join(told)
+        notes.append("The texts in `index/` are under the license of the data set.")
+    notes.append("The language model and the vision encoder have licenses of their own, which bind their users.")
+    return " ".join(notes)
 
 
 def _results(scores: Mapping[str, Any], data: str) -> Iterator[EvalResult]:
@@ -173,7 +178,7 @@ def _card_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
         "n": scores["n"],
         "split": scores["split"],
         "groups": groups,
-        "deviations": any("sd" in one for one in systems.values()),
+        "deviations": any("sd" in system for system in systems.values()),
     }
 
 

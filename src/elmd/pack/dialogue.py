@@ -51,33 +51,32 @@ def to_sample(
     if responder is None:
         others = [name for name, _ in history if name != speaker]
         responder = others[-1] if others else next(name for name in ("A", "B") if name != speaker)
-    seen = Clip(str(Path(clip).absolute())) if clip is not None else None
-    lines = [*((name, said, None) for name, said in history), (speaker, text, seen), (responder, "", None)]
+    video = Clip(str(Path(clip).absolute())) if clip is not None else None
     # No emotion of an earlier turn is read; the reply's own is what the model is to say.
-    sentences = tuple(
-        Sentence(str(i), name, said, Emotion.NEUTRAL, shown) for i, (name, said, shown) in enumerate(lines)
-    )
-    dialogue = merge(RawDialogue(id, "", sentences), background, Notes())
+    sentences = [Sentence(str(i), name, words, Emotion.NEUTRAL) for i, (name, words) in enumerate(history)]
+    sentences.append(Sentence(str(len(history)), speaker, text, Emotion.NEUTRAL, video))
+    sentences.append(Sentence(str(len(history) + 1), responder, "", Emotion.NEUTRAL))
+    dialogue = merge(RawDialogue(id, "", tuple(sentences)), background, Notes())
     return Pair(dialogue, len(dialogue.utterances) - 1).sample("test", text_only=False)
 
 
-def turns(found: object, where: str | Path) -> list[tuple[str, str]]:
-    """Turns of a dialogue as (speaker, text), out of what a user gave for them.
+def turns(given: object, where: str | Path) -> list[tuple[str, str]]:
+    """What a user gave as turns of a dialogue, as (speaker, text).
 
     Raises:
         DataError: it is something else.
     """
-    if isinstance(found, str) or not isinstance(found, Sequence) or not all(map(_is_turn, found)):
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(map(_is_turn, given)):
         raise DataError(
             "is no list of turns, each a speaker and a text",
             where=where,
             fix='give [["A", "…"], ["B", "…"]], oldest first',
         )
-    return [(speaker, text) for speaker, text in found]
+    return [(speaker, text) for speaker, text in given]
 
 
-def _is_turn(found: object) -> bool:
-    return isinstance(found, tuple | list) and len(found) == 2 and all(isinstance(part, str) for part in found)
+def _is_turn(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def check_clip(path: Path) -> None:

@@ -40,25 +40,11 @@ from elmd.log import logger
 from elmd.models import PROJECTOR
 from elmd.models.decode import generate_all
 from elmd.models.elmd import Elmd
-from elmd.models.llm import load_weights, open_llm
+from elmd.models.llm import load_weights
 from elmd.models.sharding import sharding
+from elmd.pack.bases import VISION_PARTS, check_base, check_weights, give_base, named_base, open_base_llm
 from elmd.pack.dialogue import to_sample
-from elmd.pack.folder import (
-    FACTS,
-    INDEX,
-    PROMPT,
-    RETRIEVER,
-    TEXTS,
-    VISION_PARTS,
-    check_base,
-    check_files,
-    check_weights,
-    fetch,
-    give_base,
-    named_base,
-    read_facts,
-    shape_of,
-)
+from elmd.pack.folder import FACTS, INDEX, PROMPT, RETRIEVER, TEXTS, check_files, fetch, read_facts
 from elmd.retrieval import load_retriever
 from elmd.retrieval.demonstrations import demonstrations
 from elmd.retrieval.index import Index
@@ -77,7 +63,9 @@ from elmd.vision.clips import ClipEncoder, FeatureMaker
 class Reply:
     """What the model says.
 
-    `emotion` is None where it named none, or was not trained to; `demonstration` is the r' it was shown first.
+    Attributes:
+        emotion: None where it named none, or was not trained to.
+        demonstration: the first r' in its prompt; None without one.
     """
 
     emotion: Emotion | None
@@ -96,25 +84,8 @@ class Pack:
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], cfg: Config, accelerator: Accelerator):
         self.folder, self.facts, self.cfg, self.accelerator = folder, facts, cfg, accelerator
-        base = facts["llm"]
-        path = cfg.llm.path
-        assert path is not None, "load_pack has seen to it"
-        try:
-            config, tokenizer = open_llm(path, attention=cfg.llm.attention)
-        except CheckpointError as error:
-            if Path(path).is_dir():
-                raise
-            what = f"is no folder, and as a hub id it {error.what}"
-            raise CheckpointError(what, where=path, fix=give_base("llm", base)) from error
-        if (found := shape_of(config, tokenizer)) != base["shape"]:
-            pairs = [(key, found[key], value) for key, value in base["shape"].items() if found.get(key) != value]
-            wrong = ", ".join(f"{key} {here} for {there}" for key, here, there in pairs)
-            raise CheckpointError(
-                f"is not the language model that {facts['name']} was trained with ({wrong})",
-                where=path,
-                fix=give_base("llm", base),
-            )
-        check_weights(path, base, facts["name"], "llm")
+        path = str(cfg.llm.path)
+        tokenizer = open_base_llm(path, cfg.llm.attention, facts["llm"], facts["name"])
         llm = load_weights(
             path, dtype=cfg.llm.dtype, attention=cfg.llm.attention, device=accelerator.device,
             onto="cpu" if sharding(accelerator) else None,
@@ -201,10 +172,10 @@ class Pack:
         """Replies, and errors of the clips that were lost."""
         if not samples:
             return [], {}
-        shown = self._demonstrations(samples)
+        demonstrations = self._demonstrations(samples)
         features, lost = self._features(samples)
         task, decoding, tokenizer = task_of(self.cfg), self.cfg.generate, self.encoder.tokenizer
-        examples = Examples(samples, self.encoder, shown, features, task, with_target=False)
+        examples = Examples(samples, self.encoder, demonstrations, features, task, with_target=False)
         ids = generate_all(
             self.model, examples, decoding.batch_tokens, self.accelerator, eos=tokenizer.eos_token_id,
             max_new_tokens=decoding.max_new_tokens, top_p=decoding.top_p, temperature=decoding.temperature,
@@ -213,8 +184,8 @@ class Pack:
         replies = []
         for sample, [new] in zip(samples, ids, strict=True):
             emotion, text = self.encoder.prompt.split_target(tokenizer.decode(new, skip_special_tokens=True), task)
-            several = shown.get(sample.id)
-            replies.append(Reply(emotion, text, several[0].response if several else None))
+            shown = demonstrations.get(sample.id)
+            replies.append(Reply(emotion, text, shown[0].response if shown else None))
         return replies, lost
 
     def _demonstrations(self, samples: Sequence[Sample]) -> dict[str, list[Demonstration]]:

@@ -1,23 +1,49 @@
-"""A job's folder as a pack with a model card.
+"""Writing a pack: the files of what was trained, `elmd.json` and the model card. docs/sharing_a_model.md shows how.
 
-What a pack is stands in `elmd.pack`, which loads it; how to share one in docs/sharing_a_model.md.
+Importing this takes seconds; `read_trained` and `earlier_export` say before that what is wrong with either folder.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from elmd.engine.files import replace_folder, write_json
-from elmd.errors import ArtifactError, ElmdError
+from elmd.config import BOOTSTRAP, Config
+from elmd.data.prompts import Prompt
+from elmd.data.samples import load_samples, save_samples
+from elmd.engine.files import read_json, replace_folder, write_json
+from elmd.engine.hub import is_hub_id
+from elmd.engine.keys import described
+from elmd.errors import CheckpointError
 from elmd.log import logger
-from elmd.pack.folder import CARD, FACTS, INDEX, read_facts
-from elmd.pack.job import read_job
+from elmd.models import ADAPTER, PROJECTOR
+from elmd.models.llm import open_llm
+from elmd.pack.bases import VISION_PARTS, fingerprint, shape_of
+from elmd.pack.card import model_card, one_line
+from elmd.pack.folder import (
+    CARD,
+    ENDINGS,
+    FACTS,
+    FORMAT,
+    INDEX,
+    PROMPT,
+    RETRIEVER,
+    TEXTS,
+    earlier_export,
+    file_facts,
+    packed_files,
+)
+from elmd.pack.trained import Trained
+from elmd.retrieval.index import Index
+from elmd.types import Sample
 
 
 def export(
-    job: Path,
+    trained: Trained,
     out: Path,
     name: str | None = None,
     license: str | None = None,
@@ -29,24 +55,16 @@ def export(
     An `out` that exists is replaced where it is empty or holds an earlier export and nothing else.
 
     Args:
-        job: `runs/experiments/<name>[/<job>]` with `artifacts.json`.
         name: title of the card; None: from the experiment's name.
         license: of what was trained, as the hub names licenses; None: that of the earlier export, or `unknown`.
         language: ISO code of the dialogues' language; None: that of the earlier export, or `zh`.
         with_index: pack the training texts that demonstrations are drawn from.
 
     Raises:
-        ArtifactError: the job is not finished, or `out` holds something else.
-        ConfigError: the job trained no adapter or projector of a language model, or is a control.
-        CheckpointError: what it trained, or the base models it used, cannot be read.
+        ArtifactError: a stage is not finished, or `out` holds something else.
+        CheckpointError: what was trained, or the base models it used, cannot be read.
     """
-    trained = read_job(job)
-    earlier = _check_free(out)
-
-    # What is wrong with either folder is told before seconds of loading libraries.
-    from elmd.pack.card import model_card, one_line
-    from elmd.pack.contents import pack_facts, pack_files
-
+    earlier = earlier_export(out)
     given = {"license": license, "language": language}
     kept = {key: str(earlier[key]) for key, value in given.items() if not value and earlier.get(key)}
     license = one_line(license or kept.get("license", "")) or None
@@ -56,17 +74,16 @@ def export(
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:100]}-") as unfinished:
         folder = Path(unfinished) / "pack"
         folder.mkdir()
-        indexed = pack_files(trained, folder, with_index)
-        facts = pack_facts(trained, folder, title, indexed) | {"license": license, "language": language}
+        indexed = _copy(trained, folder, with_index)
+        facts = _facts(trained, folder, title, indexed) | {"license": license, "language": language}
         write_json(folder / FACTS, facts)
-        card = model_card(trained, facts, license=license, language=language)
-        card.save(folder / CARD)
+        model_card(trained, facts, license=license, language=language).save(folder / CARD)
         replace_folder(folder, out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     logger.info("%s: %.1f MB in %d files", out, size / 1e6, len(facts["files"]) + 2)
     if kept:
-        told = ", ".join(f"{key} {value}" for key, value in kept.items())
-        logger.info("%s: kept from the earlier export: %s", out, told)
+        values = ", ".join(f"{key} {value}" for key, value in kept.items())
+        logger.info("%s: kept from the earlier export: %s", out, values)
     if indexed:
         logger.warning(
             "%s holds the texts of the training samples, which stay under the license of the data set; "
@@ -76,20 +93,98 @@ def export(
     return out
 
 
-def _check_free(out: Path) -> dict[str, Any]:
-    """The facts of the earlier export that will be replaced; empty where there is none.
+def _copy(trained: Trained, folder: Path, with_index: bool) -> bool:
+    """Copy what was trained into `folder`; returns whether the index is among it."""
+    generator = trained.artifact("generator")
+    Prompt.load(generator / PROMPT)
+    for name in (PROMPT, PROJECTOR):
+        if (generator / name).is_file():
+            shutil.copyfile(generator / name, folder / name)
+    if (generator / ADAPTER).is_dir():
+        _copy_adapter(generator / ADAPTER, folder / ADAPTER)
+    if not (folder / ADAPTER).exists() and not (folder / PROJECTOR).exists():
+        raise CheckpointError("holds neither a projector nor an adapter", where=generator, fix="train it again")
+    chosen = trained.config["retriever"]
+    if chosen["k"] == 0:
+        return False
+    _copy_tree(trained.artifact("retriever") / "model", folder / RETRIEVER)
+    if not with_index:
+        return False
+    index, key = Index.load(trained.artifact("demonstrations")), chosen["key"]
+    Index(index.ids, index.dialogues, {key: index.vectors[key]}).save(folder / INDEX)
+    samples = {sample.id: sample for sample in load_samples(trained.artifact("samples") / "samples.jsonl")}
+    save_samples(folder / TEXTS, [_bare(samples[id]) for id in index.ids])
+    return True
 
-    Raises:
-        ArtifactError: the folder holds more than an earlier export.
+
+def _bare(sample: Sample) -> Sample:
+    """An indexed sample with what a demonstration takes of it, and without names and paths."""
+    u, r = (
+        replace(turn, speaker="", clip=None, features=None, tags=()) for turn in (sample.utterance, sample.response)
+    )
+    return replace(sample, history=(), background=None, utterance=u, response=r)
+
+
+def _copy_adapter(source: Path, target: Path) -> None:
+    target.mkdir()
+    shutil.copyfile(source / "adapter_model.safetensors", target / "adapter_model.safetensors")
+    settings = read_json(source / "adapter_config.json")
+    settings["base_model_name_or_path"] = None  # a path of this machine; elmd.json names the model
+    write_json(target / "adapter_config.json", settings)
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        if not path.is_file() or path.name.startswith(".") or path.suffix == ".md":
+            continue
+        if path.suffix not in ENDINGS:
+            raise CheckpointError(
+                f"a pack holds no {path.suffix or 'such'} files", where=path, fix="train the retriever from safetensors"
+            )
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def _facts(trained: Trained, folder: Path, title: str, indexed: bool) -> dict[str, Any]:
+    """The content of `elmd.json`."""
+    config, manifest = trained.config, trained.manifest("generator")
+    sees_clips = config["vision"]["kind"] == "encoder"
+    return {
+        "format": FORMAT,
+        "name": title,
+        "config": _choices(config),
+        "llm": _base(trained, "llm") | {"shape": shape_of(*open_llm(trained.checkpoint("llm")))},
+        "vision": _base(trained, "vision", VISION_PARTS) if sees_clips else None,
+        "index": indexed,
+        "experiment": config["experiment_name"],
+        "ablation": config["ablation_name"],
+        "baseline": config["baseline"]["name"],
+        "seed": manifest["seed"],
+        "commit": manifest["git"],
+        "versions": manifest["versions"],
+        "artifacts": {stage: path.name for stage, path in sorted(trained.job.artifacts.items())},
+        "files": {name: file_facts(folder / name) for name in packed_files(folder)},
+    }
+
+
+def _choices(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What replies depend on after training, by group. A key that is younger than the run keeps its default."""
+    choices: dict[str, dict[str, Any]] = {}
+    for name, info in described(Config):
+        group, _, key = name.partition(".")
+        if info.packed and key in config[group]:
+            choices.setdefault(group, {})[key] = config[group][key]
+    return choices
+
+
+def _base(trained: Trained, group: str, parts: tuple[str, ...] = ("",)) -> dict[str, Any]:
+    """How others can find a base model: its hub id, otherwise what this project calls it and its folder's name.
+
+    `artifact` is the place below the run's own runs/ of a stand-in that stage `bootstrap` made, otherwise None.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return {}
-    fix = "choose a new folder for --out"
-    try:
-        facts = read_facts(out)
-    except ElmdError as error:
-        raise ArtifactError("exists and is no earlier export", where=out, fix=fix) from error
-    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
-    if more := sorted(found - {*facts["files"], FACTS, CARD}):
-        raise ArtifactError(f"also holds {more[0]}, which is no part of an export", where=out, fix=fix)
-    return facts
+    settings, path = trained.config[group], trained.checkpoint(group)
+    artifact = f"bootstrap/{group}/{path.resolve().name}" if settings["path"] == BOOTSTRAP else None
+    hub = artifact is None and is_hub_id(str(path))
+    model = str(path) if hub else f"{settings['name']} ({artifact or path.resolve().name})"
+    return {"model": model, "hub": hub, "artifact": artifact, "fingerprint": fingerprint(str(path), parts)}
