@@ -90,16 +90,16 @@ def encoding(model: SentenceTransformer, samples: Sequence[Sample], size: int) -
 
     def gradients(loss: Tensor) -> list[Tensor]:
         loss.backward()
-        found = [loss.detach(), gradient(model)]
+        result = [loss.detach(), gradient(model)]
         model.zero_grad(set_to_none=True)
-        return found
+        return result
 
     def ours() -> list[Tensor]:
         ((loss, _),) = task.losses(batch, 0, 1)
         return gradients(loss)
 
-    def in_batches(several: int) -> list[Tensor]:
-        e_u = [model(model.preprocess(texts[i : i + several]))["e_u"] for i in range(0, len(texts), several)]
+    def in_batches(rows: int) -> list[Tensor]:
+        e_u = [model(model.preprocess(texts[i : i + rows]))["e_u"] for i in range(0, len(texts), rows)]
         return gradients(task.loss(torch.cat(e_u), batch))
 
     def padding() -> Mapping[str, float]:
@@ -134,10 +134,10 @@ def _of(model: SentenceTransformer) -> str:
 
 
 def step(
-    mine: SentenceTransformer, theirs: SentenceTransformer, samples: Sequence[Sample], size: int, steps: int
+    model: SentenceTransformer, theirs: SentenceTransformer, samples: Sequence[Sample], size: int, steps: int
 ) -> Case:
     """Encoder, losses, backward, clipping and optimizer, over the same batches, from the same weights."""
-    task = task_of(mine, samples, size)
+    task = task_of(model, samples, size)
     batches = task.batches(0)[:steps]
     trained = [p for module in task.modules.values() for p in module.parameters() if p.requires_grad]
     # At rate 0 a step does all its work, and every run starts from the same weights.
@@ -151,7 +151,7 @@ def step(
                     loss.backward()
                     losses.append(loss.detach())
                 torch.nn.utils.clip_grad_norm_(trained, ERM.max_grad_norm)
-                gradients = gradients + gradient(mine)
+                gradients = gradients + gradient(model)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         return {"losses": torch.stack(losses), "gradients": gradients}
@@ -172,7 +172,7 @@ def step(
     name = "sentence-transformers' trainer"
     return Case(
         "A training step of ERM",
-        f"{_of(mine)}, without dropout; {len(batches)} batches of up to {size}: {about(texts)}",
+        f"{_of(model)}, without dropout; {len(batches)} batches of up to {size}: {about(texts)}",
         [
             Way("elmd", ours),
             Way(f"{name}, eq. 4", eq4.run, eq4.facts, eq4.before),
@@ -182,7 +182,7 @@ def step(
         per=len(batches),
         unit="steps",
         note="Compared are each step's loss and the sum of the clipped gradients. The library has no supervised "
-        "contrastive loss with all positives of an anchor in one softmax, so its trainer is handed eq. 4 as a loss of "
+        "contrastive loss with all positives of an anchor in one softmax, so its trainer is given eq. 4 as a loss of "
         "one's own, over the whole model. The two last ways are losses that it has; they compute something else, so "
         "their results are not compared: triplets of all positives and negatives, and InfoNCE with one positive for "
         "each anchor, for which the batch's texts are paired by emotion (an odd one of an emotion is left out). They "
@@ -200,9 +200,9 @@ class Eq4(nn.Module):
     def forward(self, sentence_features: Sequence[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Of a batch's one column of texts; labels [B]."""
         (features,) = sentence_features
-        found = self.model(features)
-        slots = found["sentence_embedding"].unflatten(1, (ERM.slots, -1))
-        return retriever_loss(found["e_u"], slots, labels, ERM.temperature).total
+        keys = self.model(features)
+        slots = keys["sentence_embedding"].unflatten(1, (ERM.slots, -1))
+        return retriever_loss(keys["e_u"], slots, labels, ERM.temperature).total
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def positives(batch: Sequence[int], labels: Sequence[int]) -> list[tuple[int, in
 
 
 class Trained:
-    """A short training by SentenceTransformerTrainer, whose batches are given; `before` makes it anew."""
+    """A short training by SentenceTransformerTrainer, whose batches are given; `before` sets it up again."""
 
     def __init__(
         self, model: SentenceTransformer, columns: dict[str, list[Any]], loss: Any, batches: Sequence[Sequence[Any]]

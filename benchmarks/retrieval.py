@@ -35,15 +35,15 @@ SIZES = [(1_000, 3072), (10_000, 3072), (100_000, 512), (1_000_000, 128)]
 K = 10
 #: How many of IVF's lists are searched, and how many vectors for each list their centres are found by (k-means).
 PROBED, POINTS = 16, 64
-#: Candidates beyond which the graph that ELMD has FAISS build takes minutes, and torch's products take seconds a run;
-#: and what is built instead: neighbours in the graph, and how many are followed while it is built.
+#: Candidates beyond which FAISS takes minutes to build ELMD's graph, and torch's products take seconds a run; and what
+#: is built instead: neighbours in the graph, and how many are followed while it is built.
 MANY, LINKS, FOLLOWED = 100_000, 16, 16
 
 
 def cases(small: bool) -> Iterator[Case]:
-    vectors, texts, told = trained(small)
+    vectors, texts, source = trained(small)
     for key, rows in vectors.items():
-        yield from compared(rows[:texts], rows[texts:], f"{key} of {told}")
+        yield from compared(rows[:texts], rows[texts:], f"{key} of {source}")
     for count, width in [(300, 16)] if small else SIZES:
         if psutil.virtual_memory().available < 6 * 4 * count * width + 2**31:
             continue  # the candidates, in double too, a copy in each of FAISS's indices; and blocks of products
@@ -72,11 +72,11 @@ def trained(small: bool) -> tuple[dict[str, Tensor], int, str]:
     parameters = [p for module in task.modules.values() for p in module.parameters() if p.requires_grad]
     descend(parameters, lambda _: next(task.losses(next(batches), 0, 1))[0], then, 1e-3, "ERM")
 
-    found: dict[str, None] = {}  # a set in order
+    texts: dict[str, None] = {}  # a set in order
     unseen = pretraining(1, 10 * (candidates + queries))
-    while len(found) < candidates + queries:
-        found |= dict.fromkeys(utterance.text for utterance in next(unseen).utterances)
-    vectors = encode(model.eval(), list(found)[: candidates + queries])
+    while len(texts) < candidates + queries:
+        texts |= dict.fromkeys(utterance.text for utterance in next(unseen).utterances)
+    vectors = encode(model.eval(), list(texts)[: candidates + queries])
     match = task.evaluate()[f"emotion_match@1/{RetrieverConfig.key.value}"]
     return (
         {key: F.normalize(rows.double(), dim=-1).float() for key, rows in vectors.items()},
@@ -107,19 +107,19 @@ def compared(candidates: Tensor, queries: Tensor, source: str) -> Iterator[Case]
     def product(columns: Tensor) -> Callable[[int], Neighbours]:
         rows = max(1, 2**26 // count)  # of a block of products
 
-        def found(k: int) -> Neighbours:
+        def search(k: int) -> Neighbours:
             blocks = [(block.to(columns.dtype) @ columns).float().topk(k) for block in queries.split(rows)]
-            return Neighbours(torch.cat([one.indices for one in blocks]), torch.cat([one.values for one in blocks]))
+            return Neighbours(torch.cat([best.indices for best in blocks]), torch.cat([best.values for best in blocks]))
 
-        return found
+        return search
 
     def cosines(search: Callable[[int], Neighbours]) -> Tensor:
-        """Of what is found, as double precision gives them: of equal candidates, any will do."""
+        """Of the neighbours that a search returns, in double precision: of equal candidates, any will do."""
         positions = search(K).positions
         pairs = double.repeat_interleave(K, dim=0) * candidates[positions.flatten()]
-        found = pairs.sum(dim=1).float().view_as(positions)
-        found[positions < 0] = -torch.inf  # an index may find fewer
-        return found
+        similarity = pairs.sum(dim=1).float().view_as(positions)
+        similarity[positions < 0] = -torch.inf  # an index may find fewer
+        return similarity
 
     def exact(name: str, search: Callable[[int], Neighbours]) -> Way:
         if (off := (cosines(search) - true).abs().max().item()) > 1e-6:
@@ -127,15 +127,15 @@ def compared(candidates: Tensor, queries: Tensor, source: str) -> Iterator[Case]
         return way(name, search)
 
     def way(name: str, search: Callable[[int], Neighbours], **facts: float) -> Way:
-        def told() -> Mapping[str, float]:
-            found = cosines(search)
+        def recalls() -> Mapping[str, float]:
+            near = cosines(search)
             return {
-                "recall@1": (found[:, 0] >= true[:, 0]).double().mean().item(),
-                f"recall@{K}": (found >= true[:, -1:]).double().mean().item(),
+                "recall@1": (near[:, 0] >= true[:, 0]).double().mean().item(),
+                f"recall@{K}": (near >= true[:, -1:]).double().mean().item(),
                 **facts,
             }
 
-        return Way(name, lambda: search(1).similarity, told)
+        return Way(name, lambda: search(1).similarity, recalls)
 
     flat, _ = built(faiss.IndexFlatIP(width), candidates)
     products = []
@@ -150,7 +150,7 @@ def compared(candidates: Tensor, queries: Tensor, source: str) -> Iterator[Case]
         per=len(queries),
         unit="queries",
         note="elmd's cosines and order are those of double precision; fp32 and FAISS order near ties by rounding."
-        + " torch's products take several times as long as elmd here and are left out." * (count > MANY),
+        + " torch's products of all candidates at once are left out here." * (count > MANY),
     )
     lists = max(1, min(round(4 * math.sqrt(count)), count // 39))  # FAISS's own advice
     divided = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
@@ -162,7 +162,7 @@ def compared(candidates: Tensor, queries: Tensor, source: str) -> Iterator[Case]
         lighter.hnsw.efConstruction, lighter.hnsw.efSearch = FOLLOWED, graph.hnsw.efSearch
         graph, links = lighter, f"{LINKS} links"
     graph, hnsw_seconds = built(graph, candidates)
-    lighter_told = (
+    lighter_note = (
         f" Its graph has half the links of retriever.search=faiss, and follows {FOLLOWED} where that follows 80: a "
         "seventh of the time to build."
     )
@@ -183,7 +183,7 @@ def compared(candidates: Tensor, queries: Tensor, source: str) -> Iterator[Case]
         unit="queries",
         note=f"The two find what is near, mostly the nearest. IVF searches {PROBED} of its lists. Building, here "
         f"on all {cores()} cores, is not timed with the search; the stage builds once for all queries."
-        + lighter_told * (count > MANY),
+        + lighter_note * (count > MANY),
     )  # fmt: skip
 
 

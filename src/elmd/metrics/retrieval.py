@@ -37,62 +37,69 @@ def match_scores(
     Raises:
         ValueError: shapes that do not fit, NaN, or no query with a candidate.
     """
-    sims = np.asarray(similarity)
+    similarity = np.asarray(similarity)
     shape = (len(query_labels), len(candidate_labels))
-    if sims.shape != shape:
-        raise ValueError(f"similarity has shape {sims.shape}, the labels say {shape}")
+    if similarity.shape != shape:
+        raise ValueError(f"similarity has shape {similarity.shape}, the labels say {shape}")
     if (query_dialogues is None) != (candidate_dialogues is None):
         raise ValueError("give the dialogues of queries and candidates, or neither")
-    labels_q, labels_c = _codes(query_labels, candidate_labels)
-    own_q, own_c = _codes(query_dialogues or [], candidate_dialogues or [])
+    labels_q, labels_c = _codes(query_labels, candidate_labels)  # [Q], [N]
+    dialogues_q, dialogues_c = _codes(query_dialogues or range(shape[0]), candidate_dialogues or [None] * shape[1])
     totals = dict.fromkeys([*(f"match@{k}" for k in ks), "mrr", "chance"], 0.0)
-    n = 0
-    for at in range(0, shape[0], CHUNK):
-        rows = slice(at, at + CHUNK)
-        sim = np.array(sims[rows], dtype=np.float64)
-        if np.isnan(sim).any():
+    scored = 0
+    for start in range(0, shape[0], CHUNK):
+        rows = slice(start, start + CHUNK)
+        nearness = np.array(similarity[rows], dtype=np.float64)  # [q, N]
+        if np.isnan(nearness).any():
             raise ValueError("similarity holds NaN")
-        allowed = own_q[rows, None] != own_c[None, :] if query_dialogues is not None else np.ones(sim.shape, bool)
-        left = allowed.any(axis=1)
-        sim, allowed = sim[left], allowed[left]
-        match = (labels_q[rows, None][left] == labels_c[None, :]) & allowed
-        sim[~allowed] = -np.inf
-        if not len(sim):
+        allowed = dialogues_q[rows, None] != dialogues_c[None, :]  # [q, N]
+        match = (labels_q[rows, None] == labels_c[None, :]) & allowed  # [q, N]
+        nearness[~allowed] = -np.inf
+        left = allowed.sum(axis=1)  # [q]: candidates of each query
+        kept = left > 0
+        if not kept.any():
             continue
-        n += len(sim)
-        totals["chance"] += (match.sum(axis=1) / allowed.sum(axis=1)).sum()
-        totals["mrr"] += _reciprocal_ranks(sim, match, allowed).sum()
-        hits = _nearest_match(sim, match, max(ks))  # [rows, max k]
+        nearness, match, left = nearness[kept], match[kept], left[kept]
+        scored += len(left)
+        totals["chance"] += (match.sum(axis=1) / left).sum()
+        totals["mrr"] += _reciprocal_ranks(nearness, match).sum()
+        hits = _nearest_match(nearness, match, max(ks))  # [q, max k]
         for k in ks:
-            totals[f"match@{k}"] += (hits[:, :k].sum(axis=1) / np.minimum(k, allowed.sum(axis=1))).sum()
-    if not n:
+            totals[f"match@{k}"] += (hits[:, :k].sum(axis=1) / np.minimum(k, left)).sum()
+    if not scored:
         raise ValueError("no query has a candidate outside its own dialogue")
-    return {name: float(total / n) for name, total in totals.items()} | {"n": n, "skipped": shape[0] - n}
+    means = {name: float(total / scored) for name, total in totals.items()}
+    return means | {"n": scored, "skipped": shape[0] - scored}
 
 
-def _codes(first: Sequence[Hashable], second: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
-    """Integers that are equal where the values are."""
+def _codes(queries: Sequence[Hashable], candidates: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """Integers [Q] and [N] that are equal where the values are."""
     codes: dict[Hashable, int] = {}
-    one, two = ([codes.setdefault(value, len(codes)) for value in values] for values in (first, second))
-    return np.array(one, dtype=np.int64), np.array(two, dtype=np.int64)
+    q, c = ([codes.setdefault(value, len(codes)) for value in values] for values in (queries, candidates))
+    return np.array(q, dtype=np.int64), np.array(c, dtype=np.int64)
 
 
-def _reciprocal_ranks(sim: np.ndarray, match: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """[Q]: 1 / rank of the first match by counting what lies before it, without sorting."""
-    rows = np.arange(len(sim))
-    first = np.where(match, sim, -np.inf).argmax(axis=1)  # of equals, the first candidate
-    best = sim[rows, first][:, None]
-    earlier = np.arange(sim.shape[1])[None, :] < first[:, None]
-    before = ((sim > best) | ((sim == best) & earlier)) & allowed
-    return np.where(match[rows, first], 1 / (1 + before.sum(axis=1)), 0.0)
+def _reciprocal_ranks(nearness: np.ndarray, match: np.ndarray) -> np.ndarray:
+    """1 / rank of each query's first match [Q], 0 without a match: counts what is nearer, without sorting.
+
+    Args:
+        nearness: [Q, N], -inf for candidates that are not allowed.
+        match: [Q, N].
+    """
+    rows = np.arange(len(nearness))
+    first = np.where(match, nearness, -np.inf).argmax(axis=1)  # [Q]; of equals, the first candidate
+    best = nearness[rows, first][:, None]  # [Q, 1]
+    earlier = np.arange(nearness.shape[1])[None, :] < first[:, None]  # [Q, N]
+    nearer = (nearness > best) | ((nearness == best) & earlier)
+    return np.where(match[rows, first], 1 / (1 + nearer.sum(axis=1)), 0.0)
 
 
-def _nearest_match(sim: np.ndarray, match: np.ndarray, k: int) -> np.ndarray:
-    """[Q, min(k, N)]: whether each of the k nearest matches. k is small: k passes beat a sort of N."""
-    rest, rows = sim.copy(), np.arange(len(sim))
+def _nearest_match(nearness: np.ndarray, match: np.ndarray, k: int) -> np.ndarray:
+    """Whether each of the k nearest matches [Q, min(k, N)]. k is small: k passes cost less than a sort of N."""
+    rest, rows = nearness.copy(), np.arange(len(nearness))
     columns = []
-    for _ in range(min(k, sim.shape[1])):
-        nearest = rest.argmax(axis=1)
+    for _ in range(min(k, nearness.shape[1])):
+        nearest = rest.argmax(axis=1)  # [Q]
         columns.append(match[rows, nearest] & (rest[rows, nearest] > -np.inf))
         rest[rows, nearest] = -np.inf
     return np.stack(columns, axis=1)

@@ -39,8 +39,8 @@ def load_retriever(
 
     `SentenceTransformer(path)` refuses the trained retriever, because self-separation is none of its own modules.
     Here `modules.json` is read, and only Transformer, Pooling, Normalize and our SelfSeparation are accepted; no
-    class is imported by the name that the file gives. A folder without `modules.json` is taken for a bare encoder
-    and pooled by its mean.
+    class is imported by the name that the file gives. A folder without `modules.json` is a bare encoder, pooled by
+    its mean.
 
     Args:
         path: a folder written by `save_pretrained` of sentence-transformers or transformers.
@@ -97,7 +97,7 @@ def _load_module(source: str, entry: dict[str, str]) -> Any:
 
 
 def _prompts(source: str) -> dict[str, Any]:
-    """What the checkpoint puts before each text, if anything; a retriever keeps it."""
+    """The text that the checkpoint puts before each text, if any; a retriever keeps it."""
     path = load_file_path(source, "config_sentence_transformers.json")
     settings = read_json(Path(path)) if path else {}
     return {name: settings[name] for name in ("prompts", "default_prompt_name") if settings.get(name)}
@@ -181,9 +181,9 @@ def embed(model: SentenceTransformer, tokens: Tokens, texts: Sequence[str]) -> E
     return Embedded(torch.cat(parts)[order.argsort().to(model.device)], run)
 
 
-#: How many tokens more a pass over the encoder could hold in the time that it costs before the first one: reading the
-#: weights and adding to their gradient, or launching its kernels. Measured on one CPU core as 55 to 100 tokens (BERT of
-#: 128 x 2 to 768 x 12, forward and backward). On a GPU it is an estimate: 450 launches at 25 us against 10 us a token.
+#: The fixed cost of a pass over the encoder, as a number of tokens that take as long: reading the weights and adding to
+#: their gradient, or launching kernels. Measured on one CPU core as 55 to 100 tokens (BERT of 128 x 2 to 768 x 12,
+#: forward and backward). On a GPU it is an estimate: 450 launches at 25 us against 10 us a token.
 PASS_TOKENS = {"cpu": 64, "cuda": 1024}
 
 

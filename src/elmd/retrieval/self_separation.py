@@ -75,7 +75,7 @@ class SelfSeparation(Module):
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> SelfSeparation:  # type: ignore[override]
-        """The module as `save` wrote it; it lies in a local folder, so what else loaders pass is of no use here.
+        """The module as `save` wrote it, from a local folder; other arguments that loaders pass are not needed.
 
         Raises:
             CheckpointError: the folder is incomplete or its tensors are not those of its own configuration.

@@ -20,7 +20,7 @@ from elmd.retrieval.demonstrations import DEMONSTRATIONS, demonstrations, save_d
 from elmd.retrieval.index import Index, Queries
 from elmd.retrieval.retriever import encode, load_retriever
 from elmd.retrieval.search import load_faiss
-from elmd.retrieval.strategy import Settings, semantic
+from elmd.retrieval.strategy import STRATEGIES, Settings
 from elmd.types import SPLITS, Demonstration, Sample, Utterance
 
 #: Candidates up to which search=auto is exact.
@@ -133,7 +133,8 @@ def recall(
     """
     drawn = sorted(random.Random(0).sample(rows, min(len(rows), RECALLED // len(SPLITS))))
     queries = Queries.of(vectors[drawn], [samples[i] for i in drawn])
-    kth = semantic(index, queries, replace(settings, approximately=False)).similarity[:, -1].tolist()
+    exact = STRATEGIES[settings.strategy](index, queries, replace(settings, approximately=False))
+    kth = exact.similarity[:, -1].tolist()
     hits = [r.similarity >= least for i, least in zip(drawn, kth, strict=True) for r in shown[samples[i].id]]
     return {f"recall@{settings.k}": fmean(hits), "recall_queries": len(drawn)}
 
