@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo claims test test-slow check bench clean
+.PHONY: help setup demo claims test test-slow test-browser check bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv and install ELMD with the exact versions of constraints.txt
 
@@ -40,6 +40,10 @@ test: check  ## check, and the tests that take seconds
 
 test-slow: $(READY)  ## the whole tiny chain and the other long tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
+
+test-browser: $(READY)  ## the rating page in a browser: takes chromium or google-chrome on the PATH
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs tests/human/test_human_browser.py
 
 bench: $(READY)  ## speed against what one would otherwise run, as ratios (about 30 minutes on an idle machine)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks

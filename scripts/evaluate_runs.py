@@ -56,10 +56,10 @@ def collect(paths: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
     failed: dict[str, str] = {}
     real: dict[Path, str] = {}
     for path in paths:
-        found = sorted(find(path)) if path.is_dir() else [path]
-        if not found:
+        inside = sorted(find(path)) if path.is_dir() else [path]
+        if not inside:
             failed[str(path)] = f"holds no {PREDICTIONS}"
-        for file in found:
+        for file in inside:
             if (same := real.get(file.resolve())) is not None:
                 log.logger.warning("%s is the same file as %s: scored once", file, same)
                 continue
@@ -78,7 +78,7 @@ def given(text: str) -> Path | tuple[str, Path]:
 
 def experiments(path: Path) -> list[Path]:
     """The experiments' folders at or below `path` that have predictions; `path` itself where it is a job of one."""
-    found: dict[Path, None] = {}
+    folders: dict[Path, None] = {}
     for file in sorted(path.absolute().rglob(ARTIFACTS)):
         if not (file.parent / PREDICTIONS).is_file():
             continue
@@ -86,9 +86,9 @@ def experiments(path: Path) -> list[Path]:
             name = read_json(file)["config"]["experiment_name"]
         except (ValueError, KeyError, TypeError):
             name = None  # reading the experiment says what is wrong with it
-        folder = next((one for one in (file.parent, file.parent.parent) if one.name == name), path.absolute())
-        found[folder if folder.is_relative_to(path.absolute()) else path.absolute()] = None
-    return list(found)
+        folder = next((place for place in (file.parent, file.parent.parent) if place.name == name), path.absolute())
+        folders[folder if folder.is_relative_to(path.absolute()) else path.absolute()] = None
+    return list(folders)
 
 
 def compare(folders: Sequence[Path], others: Mapping[str, Path], protocols: Sequence[str], out: Path) -> dict[str, str]:
@@ -106,8 +106,8 @@ def compare(folders: Sequence[Path], others: Mapping[str, Path], protocols: Sequ
         written = write_comparison(out, comparison, title=f"Systems of {experiment.name}", stem=stem)
         columns, rows = score_table(comparison, protocols[0])
         log.table(f"{experiment.name}, {protocols[0]}", columns, [[str(cell) for cell in row] for row in rows])
-        for one in comparison.missing:
-            log.logger.warning("missing: %s, seed %s: %s", one["system"], one["seed"], one["why"])
+        for job in comparison.missing:
+            log.logger.warning("missing: %s, seed %s: %s", job["system"], job["seed"], job["why"])
         for warning in comparison.warnings:
             log.logger.warning("%s", warning)
         log.logger.info("wrote %s", ", ".join(map(str, written)))
@@ -139,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.setup()
 
     protocols = list(PROTOCOLS) if args.protocol == "all" else [args.protocol]
-    paths = [one for one in args.paths if isinstance(one, Path)]
-    others = dict(one for one in args.paths if not isinstance(one, Path))
+    paths = [path for path in args.paths if isinstance(path, Path)]
+    others = dict(path for path in args.paths if not isinstance(path, Path))
     files, failed = collect(paths)
     if taken := others.keys() & files.keys():
         parser.error(f"{sorted(taken)[0]} is the name of a run; give the file another")

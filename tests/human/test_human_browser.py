@@ -26,10 +26,10 @@ KEYS = "435121"
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium; without a sandbox, which root does not get."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-browser installs it")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("needs chromium on the PATH")
+        pytest.skip("needs chromium or google-chrome on the PATH")
     with api.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield started

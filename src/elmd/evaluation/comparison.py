@@ -53,7 +53,7 @@ class Comparison:
         """The row of a system or floor.
 
         Raises:
-            DataError: there is none of that name; the known ones are listed.
+            DataError: there is none of that name; those there are are listed.
         """
         rows = {row.name: row for row in self.rows}
         if name not in rows:

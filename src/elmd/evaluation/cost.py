@@ -70,20 +70,20 @@ def coefficient_points(experiment: Experiment, comparison: Comparison, *, repeat
     Raises:
         ArtifactError: an index is gone or broken.
     """
-    found: dict[int, str] = {}
+    system_of: dict[int, str] = {}
     for name, runs in experiment.systems.items():
         if " s = " in name and runs[0].config:
-            found[int(runs[0].config["erm"]["slots"])] = name
-    if not found:
+            system_of[int(runs[0].config["erm"]["slots"])] = name
+    if not system_of:
         return []
     samples = experiment.samples()
     points = []
-    for slots in sorted(found):
-        row, runs = comparison.row(found[slots]), experiment.systems[found[slots]]
+    for slots in sorted(system_of):
+        row, runs = comparison.row(system_of[slots]), experiment.systems[system_of[slots]]
         scores = {label: over_seeds(row.cells["paper"][metric].values) for label, metric in FIGURE.items()}
         costs = {run.seed: search_cost(run, samples, repeats=repeats) for run in runs if run.seed is not None}
         seconds = {run.seed: run.manifest("retriever")["wall_seconds"] for run in runs if run.seed is not None}
-        points.append(Point(slots, found[slots], scores, costs, seconds))
+        points.append(Point(slots, system_of[slots], scores, costs, seconds))
     return points
 
 

@@ -46,9 +46,9 @@ class Measured:
             metrics = [pairs.of(run) | _emotion(run, gold) for run in runs]
             looks = [surface([p.hypothesis for p in run], [p.demonstration for p in run]) for run in runs]
             scores = {
-                group: {name: float(np.mean([found[group][name].score for found in metrics])) for name in first}
+                group: {name: float(np.mean([decoded[group][name].score for decoded in metrics])) for name in first}
                 for group, first in metrics[0].items()
-                if all(first.keys() == found.get(group, {}).keys() for found in metrics)
+                if all(first.keys() == decoded.get(group, {}).keys() for decoded in metrics)
             }
             scores["surface"] = {
                 name: float(np.mean([look[name] for look in looks]))  # type: ignore[arg-type]

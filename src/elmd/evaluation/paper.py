@@ -47,22 +47,22 @@ def paper_table(table: str, dataset: str) -> PaperTable:
     """A table of the paper, such as `paper_table("Table 2", "M3ED")`.
 
     Raises:
-        DataError: the paper has no such table, or not on this data set; the known ones are listed.
+        DataError: the paper has no such table, or not on this data set; those it has are listed.
     """
     content = _content()
-    known = {one["table"]: one for one in content["tables"]}
-    if table not in known:
-        raise DataError(f"the paper has no numbers under {table!r}", fix=f"choose from {', '.join(known)}")
-    found = known[table]
-    if dataset not in found["datasets"]:
-        raise DataError(f"{table} has no data set {dataset!r}", fix=f"choose from {', '.join(found['datasets'])}")
-    columns: list[str] = found["columns"]
+    tables = {entry["table"]: entry for entry in content["tables"]}
+    if table not in tables:
+        raise DataError(f"the paper has no numbers under {table!r}", fix=f"choose from {', '.join(tables)}")
+    entry = tables[table]
+    if dataset not in entry["datasets"]:
+        raise DataError(f"{table} has no data set {dataset!r}", fix=f"choose from {', '.join(entry['datasets'])}")
+    columns: list[str] = entry["columns"]
     rows = {
         content["systems"].get(row, row): dict(zip(columns, numbers, strict=True))
-        for row, numbers in found["datasets"][dataset].items()
+        for row, numbers in entry["datasets"][dataset].items()
     }
     metrics = {column: content["metrics"][column] for column in columns if column in content["metrics"]}
-    return PaperTable(table, dataset, found["caption"], metrics, rows)
+    return PaperTable(table, dataset, entry["caption"], metrics, rows)
 
 
 def paper_kappa(dataset: str) -> float:
@@ -71,10 +71,10 @@ def paper_kappa(dataset: str) -> float:
     Raises:
         DataError: the paper has none for this data set.
     """
-    known = _content()["kappa"]
-    if dataset not in known:
-        raise DataError(f"the paper gives no kappa on {dataset!r}", fix=f"choose from {', '.join(known)}")
-    return float(known[dataset])
+    kappas = _content()["kappa"]
+    if dataset not in kappas:
+        raise DataError(f"the paper gives no kappa on {dataset!r}", fix=f"choose from {', '.join(kappas)}")
+    return float(kappas[dataset])
 
 
 def paper_settings() -> dict[str, float]:

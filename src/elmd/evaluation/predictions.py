@@ -93,16 +93,16 @@ def by_seed_of(predictions: Sequence[Prediction], where: str) -> dict[int | None
     Raises:
         DataError: none there, a sample twice, or seeds that cover different samples; `where` is named.
     """
-    found: dict[int | None, dict[str, Prediction]] = {}
+    by_seed: dict[int | None, dict[str, Prediction]] = {}
     for p in predictions:
-        rows = found.setdefault(p.seed, {})
+        rows = by_seed.setdefault(p.seed, {})
         if p.id in rows:
             raise DataError(f"id {p.id!r} occurs twice with seed {p.seed}", where=where, fix="keep one of them")
         rows[p.id] = p
-    if not found:
+    if not by_seed:
         raise DataError("no predictions to score", where=where, fix="check what was generated")
-    (first, order), *_ = found.items()
-    for seed, rows in found.items():
+    (first, order), *_ = by_seed.items()
+    for seed, rows in by_seed.items():
         if odd := sorted(order.keys() ^ rows.keys()):
             what = f"seeds {first} and {seed} do not cover the same samples ({len(odd)} differ, e.g. {odd[0]!r})"
             raise DataError(what, where=where, fix="generate the missing ones, or give every line a seed")
@@ -110,7 +110,7 @@ def by_seed_of(predictions: Sequence[Prediction], where: str) -> dict[int | None
             if (p.reference, p.gold_emotion) != (order[id_].reference, order[id_].gold_emotion):
                 what = f"id {id_!r} has another reference or gold emotion with seed {seed} than with seed {first}"
                 raise DataError(what, where=where, fix="score runs on the same data")
-    return {seed: [rows[id_] for id_ in order] for seed, rows in found.items()}
+    return {seed: [rows[id_] for id_ in order] for seed, rows in by_seed.items()}
 
 
 def references_of(predictions: Sequence[Prediction]) -> dict[str, str]:
@@ -184,5 +184,7 @@ def _emotion(value: Any, key: str, where: str) -> Emotion | None:
     try:
         return Emotion(value)
     except ValueError:
-        known = ", ".join(Emotion)
-        raise DataError(f"has the unknown {key} {value!r}", where=where, fix=f"write one of {known}, or null") from None
+        emotions = ", ".join(Emotion)
+        raise DataError(
+            f"has the unknown {key} {value!r}", where=where, fix=f"write one of {emotions}, or null"
+        ) from None

@@ -69,7 +69,7 @@ def score_all(
     if train_responses:
         floors["random response"] = random_floor(systems[first], train_responses, seed)
         floors["most common reply"] = common_floor(systems[first], train_responses)
-    with_demonstration = (p for p in systems.values() if any(one.demonstration is not None for one in p))
+    with_demonstration = (p for p in systems.values() if any(q.demonstration is not None for q in p))
     if (source := next(with_demonstration, None)) is not None:
         floors["retrieval only"] = retrieval_floor(source)
     return {
@@ -94,7 +94,7 @@ def measure(predictions: Sequence[Prediction], protocol: str) -> dict[str, Metri
 def pool(several: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
     """Metrics of several decodings of the same samples as one, whose statistics sum those of each sample."""
     return {
-        name: replace(metric, statistics=np.sum([one[name].statistics for one in several], axis=0))
+        name: replace(metric, statistics=np.sum([metrics[name].statistics for metrics in several], axis=0))
         for name, metric in several[0].items()
     }
 
@@ -120,7 +120,7 @@ def common_floor(predictions: Sequence[Prediction], responses: Sequence[str]) ->
 
 
 def _bare(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """Each sample once, without what the system said of its emotion."""
+    """Each sample once, without emotions."""
     first = next(iter(by_seed_of(predictions, "predictions").values()))
     return [replace(p, seed=None, gold_emotion=None, predicted_emotion=None, extra={}) for p in first]
 
@@ -137,7 +137,7 @@ def _score(predictions: Sequence[Prediction], protocols: Sequence[str]) -> dict[
     intervals: dict[str, dict[str, list[float]]] = {}
     for protocol in protocols:
         metrics = [measure(run, protocol) for run in runs]
-        groups[protocol] = [{name: metric.score for name, metric in one.items()} for one in metrics]
+        groups[protocol] = [{name: metric.score for name, metric in run.items()} for run in metrics]
         intervals[protocol] = {
             name: list(bootstrap_interval(metric.statistics, metric.reduce)) for name, metric in pool(metrics).items()
         }
@@ -147,7 +147,7 @@ def _score(predictions: Sequence[Prediction], protocols: Sequence[str]) -> dict[
     result: dict[str, Any] = {"n": len(runs[0]), "seeds": list(by_seed)}
     result |= {group: _average(per_seed) for group, per_seed in groups.items()}
     result["intervals"] = {
-        protocol: {name: list(pair) for name, pair in one.items()} for protocol, one in intervals.items()
+        protocol: {name: list(pair) for name, pair in pairs.items()} for protocol, pairs in intervals.items()
     }
     if len(runs) > 1:
         result["sd"] = {group: _deviation(per_seed) for group, per_seed in groups.items()}
@@ -155,25 +155,25 @@ def _score(predictions: Sequence[Prediction], protocols: Sequence[str]) -> dict[
 
 
 def _emotions(runs: Sequence[Sequence[Prediction]]) -> list[dict[str, Any]]:
-    """Emotion scores per seed over the samples whose gold emotion is known; empty if none is.
+    """Emotion scores per seed over the samples that have a gold emotion; empty if none has.
 
     A system that never names an emotion was not asked to: it gets counts, not an accuracy of 0.
     """
-    known = [[(p.gold_emotion, p.predicted_emotion) for p in run if p.gold_emotion is not None] for run in runs]
-    if not known[0]:
+    by_seed = [[(p.gold_emotion, p.predicted_emotion) for p in run if p.gold_emotion is not None] for run in runs]
+    if not by_seed[0]:
         return []
-    if all(predicted is None for pairs in known for _, predicted in pairs):
-        return [{"n": len(pairs), "missing": len(pairs)} for pairs in known]
-    return [emotion_scores([gold for gold, _ in pairs], [predicted for _, predicted in pairs]) for pairs in known]
+    if all(predicted is None for pairs in by_seed for _, predicted in pairs):
+        return [{"n": len(pairs), "missing": len(pairs)} for pairs in by_seed]
+    return [emotion_scores([gold for gold, _ in pairs], [predicted for _, predicted in pairs]) for pairs in by_seed]
 
 
 def _average(per_seed: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Scores averaged over seeds; counts (n, missing, confusion) are summed."""
     result: dict[str, Any] = {}
     for name, value in per_seed[0].items():
-        values = [one[name] for one in per_seed if one[name] is not None]
+        values = [scores[name] for scores in per_seed if scores[name] is not None]
         if name == "confusion":
-            result[name] = {**value, "counts": np.sum([one["counts"] for one in values], axis=0).tolist()}
+            result[name] = {**value, "counts": np.sum([matrix["counts"] for matrix in values], axis=0).tolist()}
         elif isinstance(value, dict):
             result[name] = _average(values)
         elif isinstance(value, int):
@@ -185,7 +185,7 @@ def _average(per_seed: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _deviation(per_seed: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {
-        name: float(np.std([one[name] for one in per_seed], ddof=1))
+        name: float(np.std([scores[name] for scores in per_seed], ddof=1))
         for name in per_seed[0]
-        if all(isinstance(one[name], float) for one in per_seed)
+        if all(isinstance(scores[name], float) for scores in per_seed)
     }

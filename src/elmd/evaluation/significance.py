@@ -119,7 +119,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
         return None
     from scipy.stats import ttest_ind_from_stats
 
-    sides = (float(x) for one in (a, b) for x in (np.mean(one), np.std(one, ddof=1), len(one)))
+    sides = (float(x) for side in (a, b) for x in (np.mean(side), np.std(side, ddof=1), len(side)))
     return float(ttest_ind_from_stats(*sides, equal_var=False).pvalue)
 
 

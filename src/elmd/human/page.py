@@ -1,4 +1,4 @@
-"""The page that a rater sees: one HTML file that needs nothing else, and tells nothing of where a response is from."""
+"""The page that a rater sees: one HTML file that needs nothing else, and shows nothing of where a response is from."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def render(study: str, rater: int, form: str, items: Sequence[Item], pictures: M
             "speaker": item.sample.utterance.speaker,
             "utterance": item.sample.utterance.text,
             "replier": item.sample.response.speaker,
-            "responses": [(one.id, one.text) for one in item.responses],
+            "responses": [(response.id, response.text) for response in item.responses],
             "pictures": [base64.b64encode(jpeg).decode() for jpeg in pictures.get(item.sample.id, ())],
             "language": _language(item.sample.utterance.text),
         }

@@ -73,7 +73,7 @@ class Pool:
 def gather(paths: Sequence[str]) -> Pool:
     """The systems and test samples of experiments' folders and of third parties' files (`NAME=predictions.jsonl`).
 
-    Of each system one run is rated: the lowest training seed that all systems with a known one have (each system's own
+    Of each system one run is rated: the lowest training seed that all systems of experiments have (each system's own
     lowest where they share none), in its lowest decode seed.
 
     Raises:
@@ -102,17 +102,17 @@ def gather(paths: Sequence[str]) -> Pool:
             fix="add the folder of an experiment on the same data, runs/experiments/<name>",
         )
     experiments = [read_experiment(folder) for folder in folders]
-    for one in experiments:
-        for gone in one.missing:
-            logger.warning("%s is left out with seed %s: %s", gone.system, gone.seed, gone.why)
-    systems = _one_run_each([run for one in experiments for run in one.runs])
+    for experiment in experiments:
+        for job in experiment.missing:
+            logger.warning("%s is left out with seed %s: %s", job.system, job.seed, job.why)
+    systems = _one_run_each([run for experiment in experiments for run in experiment.runs])
     for name, path in others.items():
         if name in (*(system.name for system in systems), GROUND_TRUTH):
             raise DataError(f"the name {name!r} is taken", where=path, fix="give the system another name")
         systems.append(_system(Run.of_file(name, path)))
-    splits = [{s.id: s for s in one.samples() if s.split == "test"} for one in experiments]
+    splits = [{s.id: s for s in experiment.samples() if s.split == "test"} for experiment in experiments]
     shared = {id_: s for id_, s in splits[0].items() if all(id_ in other for other in splits)}
-    notes = dict.fromkeys(note for one in experiments for note in one.notes)
+    notes = dict.fromkeys(note for experiment in experiments for note in experiment.notes)
     config = experiments[0].runs[0].config
     return Pool(systems, shared, config["data"]["name"], config["paper_dataset"], list(notes))
 
@@ -120,21 +120,21 @@ def gather(paths: Sequence[str]) -> Pool:
 def _one_run_each(runs: Sequence[Run]) -> list[System]:
     by_name: dict[str, list[Run]] = {}
     for run in runs:
-        known = by_name.setdefault(run.system, [])
-        if any(other.path.resolve() == run.path.resolve() for other in known):
+        others = by_name.setdefault(run.system, [])
+        if any(other.path.resolve() == run.path.resolve() for other in others):
             continue
-        if twin := next((other for other in known if other.seed == run.seed), None):
+        if twin := next((other for other in others if other.seed == run.seed), None):
             raise DataError(
                 f"{run.system} with seed {run.seed} is in {twin.path} and in {run.path}",
                 fix="name only one of the two experiments",
             )
-        known.append(run)
-    shared = set.intersection(*({run.seed for run in found} for found in by_name.values()))
+        others.append(run)
+    shared = set.intersection(*({run.seed for run in group} for group in by_name.values()))
     if not shared:
         logger.warning("the systems share no training seed: each is rated in its own lowest")
     return [
-        _system(min((run for run in found if run.seed in shared or not shared), key=lambda run: run.seed or 0))
-        for found in by_name.values()
+        _system(min((run for run in group if run.seed in shared or not shared), key=lambda run: run.seed or 0))
+        for group in by_name.values()
     ]
 
 
@@ -223,7 +223,7 @@ def write_study(
         "study": study,
         "seed": seed,
         "n": n,
-        "with_frames": sum(bool(found) for found in pictures.values()),
+        "with_frames": sum(bool(frames) for frames in pictures.values()),
         "data": pool.data,
         "paper": pool.paper,
         "notes": pool.notes,
@@ -238,7 +238,10 @@ def write_study(
         },
         "raters": {
             number: [
-                {"sample": item.sample.id, "responses": {one.id: list(one.systems) for one in item.responses}}
+                {
+                    "sample": item.sample.id,
+                    "responses": {response.id: list(response.systems) for response in item.responses},
+                }
                 for item in items
             ]
             for number, items in sheets.items()

@@ -77,18 +77,18 @@ def report(what: Sequence[str], *, human: Path | None = None, out: Path | None =
     first = given[0].folder or next(iter(given[0].others.values())).parent
     folder = out or first / "report"
     parts = []
-    for number, one in enumerate(given):
-        experiment = one.read()
+    for number, named in enumerate(given):
+        experiment = named.read()
         logger.info("scoring %d predictions files of %s", len(experiment.runs), experiment.name)
         comparison = compare_systems(experiment, reference_of(experiment))
         parts.append(Part(experiment, comparison, Links.of(folder, number, experiment)))
-    found = sections(parts, study, cases)
-    for section in found:
+    whole = sections(parts, study, cases)
+    for section in whole:
         if not section.blocks:
             logger.info("left out: %s (%s)", section.title, section.absent)
     title = "Report: " + ", ".join(part.experiment.name for part in parts)
-    text = render(title, found)
-    missing = [section for section in found if section.id == "missing" and section.blocks]
+    text = render(title, whole)
+    missing = [section for section in whole if section.id == "missing" and section.blocks]
     for part in parts:
         write_comparison(folder, part.comparison, title=part.experiment.name, stem=part.experiment.name)
     if human is not None:
@@ -131,23 +131,23 @@ def group(what: Sequence[str]) -> list[Given]:
     Raises:
         DataError: a word that is neither folder nor NAME=FILE; a name or an experiment given twice.
     """
-    found: list[Given] = []
+    groups: list[Given] = []
     for word in what:
         if Path(word).is_dir():
             name = Path(word).absolute().name  # their tables are files of this name
-            if name in [one.folder.absolute().name for one in found if one.folder is not None]:
+            if name in [other.folder.absolute().name for other in groups if other.folder is not None]:
                 raise DataError("is given twice", where=word, fix="name each experiment once")
-            found.append(Given(Path(word)))
+            groups.append(Given(Path(word)))
             continue
         name, equals, path = word.partition("=")
         if not equals or not name:
             raise DataError("is no folder", where=word, fix="name an experiment's folder, or NAME=FILE")
-        if not found:
-            found.append(Given(None))
-        if name in found[-1].others:
+        if not groups:
+            groups.append(Given(None))
+        if name in groups[-1].others:
             raise DataError(f"the name {name!r} is given twice", where=word, fix="give another name")
-        found[-1].others[name] = Path(path)
-    return found
+        groups[-1].others[name] = Path(path)
+    return groups
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Plots:
-    """Pictures side by side (SVG made by `elmd.report.svg`), under one legend of (style, name)."""
+    """Pictures side by side (SVG made by `elmd.report.svg`), under a shared legend of (style, name)."""
 
     pictures: Sequence[str]
     legend: Sequence[tuple[int, str]] = ()

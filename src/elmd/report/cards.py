@@ -9,7 +9,7 @@ from typing import Any
 
 from elmd.engine.files import read_json
 from elmd.engine.store import MANIFEST, read_manifest
-from elmd.evaluation.runs import Experiment, Missing, Run
+from elmd.evaluation.runs import Experiment, Run
 from elmd.evaluation.tables import Cell, Table
 from elmd.report.blocks import Fold, Runs, Text, Verbatim
 from elmd.report.links import Links
@@ -38,8 +38,8 @@ PARTS = {
 def runs(experiment: Experiment, links: Links) -> list[Any]:
     """Every system's runs, a link to the manifest of each of their stages."""
     rows: list[tuple[str, str, str, list[Cell]]] = []
-    for system, found in experiment.systems.items():
-        for i, run in enumerate(found):
+    for system, of_system in experiment.systems.items():
+        for i, run in enumerate(of_system):
             made = [Cell(stage, links.to(folder / MANIFEST), folder.name) for stage, folder in run.artifacts.items()]
             seed = "–" if run.seed is None else str(run.seed)
             rows.append(
@@ -78,22 +78,22 @@ def data(experiment: Experiment, main: Run, links: Links) -> list[Any]:
         ),
     ]  # fmt: skip
     leaks: list[list[Cell | str]] = [
-        [f"dialogues in both {pair.replace('/', ' and ')}", cell(found["dialogues"]), ""]
-        for pair, found in audit["shared_dialogues"].items()
+        [f"dialogues in both {pair.replace('/', ' and ')}", cell(shared["dialogues"]), ""]
+        for pair, shared in audit["shared_dialogues"].items()
     ]
-    for split, found in audit["responses_in_train"].items():
-        for kind, said in (("exact", "letter by letter"), ("normalised", "without punctuation and case")):
-            share = f"{100 * found[kind] / max(1, found['samples']):.1f} %"
-            leaks.append([f"{split} responses that are a response in train, {said}", cell(found[kind]), share])
+    for split, repeated in audit["responses_in_train"].items():
+        for kind, how in (("exact", "letter by letter"), ("normalised", "without punctuation and case")):
+            share = f"{100 * repeated[kind] / max(1, repeated['samples']):.1f} %"
+            leaks.append([f"{split} responses that are a response in train, {how}", cell(repeated[kind]), share])
     if index := main.artifact("demonstrations"):
         for split, row in read_manifest(index)["metrics"].items():
-            for key, said in LEAKS.items():
+            for key, what in LEAKS.items():
                 chance = f"by chance {100 * row[f'{key}_chance']:.2f} %" if f"{key}_chance" in row else "must be 0"
                 shown = links.cell(f"{100 * row[key]:.2f} %", main.system, [index])
-                leaks.append([f"{split}: {said}", shown, chance])
+                leaks.append([f"{split}: {what}", shown, chance])
     blocks.append(Table(["what", "found", ""], leaks, f"Leaks that the audit looked for ({main.system})", prose=True))
     lost = {**counts["dropped"], "clip missing, kept as text only": counts["text_only"]}
-    lost |= {f"{what}, e.g. {one['example']}": one["count"] for what, one in counts["notes"].items()}
+    lost |= {f"{what}, e.g. {note['example']}": note["count"] for what, note in counts["notes"].items()}
     skipped: list[list[Cell | str]] = [[what, cell(n)] for what, n in lost.items() if n]
     blocks.append(
         Table(["what", "times"], skipped, "Dropped, or odd but used", prose=True)
@@ -114,14 +114,14 @@ def prompt(main: Run) -> list[Any]:
     """The texts of the prompt that the model was trained with."""
     file = (main.artifact("generator") or Path()) / "prompt.json"
     parts = read_json(file) if file.is_file() else main.config.get("prompt", {})
-    known = {name: parts[name] for name in PARTS if name in parts}
-    if not known:
+    texts = {name: parts[name] for name in PARTS if name in parts}
+    if not texts:
         return []
     rows = [
-        [said, Cell(json.dumps(known[name], ensure_ascii=False)[1:-1])] for name, said in PARTS.items() if name in known
+        [what, Cell(json.dumps(texts[name], ensure_ascii=False)[1:-1])] for name, what in PARTS.items() if name in texts
     ]
     blocks: list[Any] = [Table(["part, in this order", "text; fields in braces are filled in"], rows, prose=True)]
-    example = next((one.extra["prompt"] for one in main.predictions if isinstance(one.extra.get("prompt"), dict)), None)
+    example = next((p.extra["prompt"] for p in main.predictions if isinstance(p.extra.get("prompt"), dict)), None)
     if example is not None:
         whole = "".join(str(text) for text in example.values())
         blocks.append(Fold("One whole prompt", [Verbatim(f"Sample {main.predictions[0].id}", whole)]))
@@ -131,17 +131,16 @@ def prompt(main: Run) -> list[Any]:
 def decoding(experiment: Experiment) -> list[Any]:
     """How responses were drawn, by system."""
     rows = []
-    for name, found in experiment.systems.items():
-        told = found[0].config.get("generate")
-        if told is None:
-            rows.append([name, "not known", "–", "–", "–", "–", "–"])
+    for name, of_system in experiment.systems.items():
+        decoding = of_system[0].config.get("generate")
+        if decoding is None:
+            rows.append([name, "unknown", "–", "–", "–", "–", "–"])
             continue
-        seeds = ", ".join(str(seed) for seed in told["seeds"])
-        trained = ", ".join(str(run.seed) for run in found)
-        rows.append(
-            [name, told["split"], f"{told['top_p']:g}", f"{told['temperature']:g}" + ("" if told["temperature"] else
-             " (greedy)"), str(told["max_new_tokens"]), seeds, trained]
-        )  # fmt: skip
+        seeds = ", ".join(str(seed) for seed in decoding["seeds"])
+        trained = ", ".join(str(run.seed) for run in of_system)
+        temperature = f"{decoding['temperature']:g}" + ("" if decoding["temperature"] else " (greedy)")
+        longest = str(decoding["max_new_tokens"])
+        rows.append([name, decoding["split"], f"{decoding['top_p']:g}", temperature, longest, seeds, trained])
     columns = ["system", "split", "top-p", "temperature", "max new tokens", "decode seeds", "training seeds"]
     return [Table(columns, rows)]
 
@@ -153,18 +152,18 @@ def provenance(experiment: Experiment) -> list[Any]:
         return []
     commits: dict[str, Counter[str]] = {}
     machines: dict[tuple[str, str, str], Counter[str]] = {}
-    for found in manifests.values():
-        git = found.get("git")
+    for manifest in manifests.values():
+        git = manifest.get("git")
         commit = "no git checkout" if git is None else git["commit"][:12] + (" (with changes)" if git["dirty"] else "")
-        commits.setdefault(commit, Counter())[found["stage"]] += 1
-        libraries = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-        machine = (found["device"], str(found["world_size"]), libraries)
-        machines.setdefault(machine, Counter())[found["stage"]] += 1
+        commits.setdefault(commit, Counter())[manifest["stage"]] += 1
+        libraries = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+        machine = (manifest["device"], str(manifest["world_size"]), libraries)
+        machines.setdefault(machine, Counter())[manifest["stage"]] += 1
     seconds: Counter[str] = Counter()
     number: Counter[str] = Counter()
-    for found in manifests.values():
-        seconds[found["stage"]] += found["wall_seconds"]
-        number[found["stage"]] += 1
+    for manifest in manifests.values():
+        seconds[manifest["stage"]] += manifest["wall_seconds"]
+        number[manifest["stage"]] += 1
     rows = [[stage, str(number[stage]), f"{seconds[stage] / 60:.1f}"] for stage in number]
     rows.append(["together", str(sum(number.values())), f"{sum(seconds.values()) / 60:.1f}"])
     return [
@@ -172,7 +171,7 @@ def provenance(experiment: Experiment) -> list[Any]:
               ["“with changes”: the source tree had changes that no commit holds."]
               if any("changes" in commit for commit in commits) else [], prose=True),
         Table(["device", "processes", "versions", "made"],
-              [[*one, _counted(stages)] for one, stages in machines.items()], "Machine", prose=True),
+              [[*machine, _counted(stages)] for machine, stages in machines.items()], "Machine", prose=True),
         Fold("Time by stage", [Table(["stage", "artifacts", "minutes"], rows)]),
     ]  # fmt: skip
 
@@ -181,17 +180,17 @@ def missing(experiment: Experiment) -> list[Any]:
     """Missing jobs with their sentence and the end of their log, and clips that could not be used."""
     blocks: list[Any] = []
     if experiment.missing:
-        rows = [[one.system, "–" if one.seed is None else str(one.seed), Cell(one.why)] for one in experiment.missing]
+        rows = [[job.system, "–" if job.seed is None else str(job.seed), Cell(job.why)] for job in experiment.missing]
         blocks.append(Table(["system", "seed", "why"], rows, "Jobs that are missing from every table", prose=True))
-        blocks += [Fold(f"Log of {one.system}, seed {one.seed}: its end", [Verbatim(str(one.log), tail(one))])
-                   for one in experiment.missing if one.log is not None and one.log.is_file()]  # fmt: skip
+        blocks += [Fold(f"Log of {job.system}, seed {job.seed}: its end", [Verbatim(str(job.log), tail(job.log))])
+                   for job in experiment.missing if job.log is not None and job.log.is_file()]  # fmt: skip
     clips = {folder for run in experiment.runs if (folder := run.artifact("features"))}
     for folder in sorted(clips):
         failed = read_json(folder / "failed.json")
         if failed:
             rows = [
-                [Cell(str(one.get("clip") or one.get("features"))), str(len(one["samples"])), Cell(one["error"])]
-                for one in failed
+                [Cell(str(clip.get("clip") or clip.get("features"))), str(len(clip["samples"])), Cell(clip["error"])]
+                for clip in failed
             ]
             blocks.append(Table(["clip", "samples", "why"], rows, "Clips that could not be used", prose=True))
     return blocks
@@ -205,17 +204,16 @@ def odd(experiment: Experiment) -> list[Any]:
             continue
         counts = run.manifest("replies")["counts"]
         cells = [str(counts.get(key, "–")) for key in ("empty", "without_emotion_word", "cut_at_max_new_tokens")]
-        if any(one not in ("0", "–") for one in cells):
+        if any(cell not in ("0", "–") for cell in cells):
             rows.append([run.system, str(run.seed), str(counts["predictions"]), *cells])
     columns = ["system", "seed", "responses", "empty", "without emotion word", "cut at max new tokens"]
     return [Fold("Odd responses (they count in every score)", [Table(columns, rows)])] if rows else []
 
 
-def tail(one: Missing) -> str:
+def tail(log: Path) -> str:
     """The last lines of a job's log."""
-    assert one.log is not None
     try:
-        with one.log.open(encoding="utf-8", errors="replace") as file:
+        with log.open(encoding="utf-8", errors="replace") as file:
             return "".join(deque(file, TAIL))
     except OSError as error:
         return f"(cannot be read: {error.strerror})"

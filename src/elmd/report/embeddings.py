@@ -20,7 +20,7 @@ def clouds(erm: Path, raw: Path, samples: Sequence[Sample], *, max_tokens: int, 
     """Places [2] of the utterances u of `samples`, by picture and then by the emotion of u.
 
     The pictures are e_u of the raw encoder, e_u after ERM, and E_s where the retriever has self-separation. Each is
-    laid out by itself (cosine distances, start from PCA, seeded): places in one say nothing about another.
+    laid out by itself (cosine distances, start from PCA, seeded): places in different pictures cannot be compared.
 
     Args:
         erm: folder of the trained retriever. raw: folder of the encoder that ERM began with.
@@ -38,13 +38,13 @@ def clouds(erm: Path, raw: Path, samples: Sequence[Sample], *, max_tokens: int, 
     vectors = {"e_u, raw encoder": before["e_u"], "e_u after ERM": after["e_u"]}
     if "E_s" in after:
         vectors["E_s after ERM"] = after["E_s"]
-    found: dict[str, Places] = {}
+    clouds: dict[str, Places] = {}
     for name, rows in progress(vectors.items(), "t-SNE", total=len(vectors), unit="picture"):
         perplexity = min(30.0, (len(some) - 1) / 3)
         plane = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(rows.numpy())
-        found[name] = {
+        clouds[name] = {
             emotion.value: [(float(x), float(y)) for (x, y), sample in zip(plane, some, strict=True)
                             if sample.utterance.emotion == emotion]
             for emotion in EMOTIONS
         }  # fmt: skip
-    return found
+    return clouds

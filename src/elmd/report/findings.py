@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from elmd.engine.files import read_json
 from elmd.errors import ElmdError
 from elmd.evaluation.runs import Experiment, Run
@@ -67,9 +69,9 @@ def styles(systems: Iterable[str], main: str) -> dict[str, int]:
         main: the system that the report is about; the full model may have a setting in its name ("ELMD, s = 4").
     """
     full = main if main.startswith(FULL) else FULL
-    known = {name: i for i, name in enumerate((full, *BASELINES.values(), *ABLATIONS.values()))}
-    others = (name for name in systems if name not in known)
-    return known | {name: i for i, name in enumerate(others, len(known))}
+    fixed = {name: i for i, name in enumerate((full, *BASELINES.values(), *ABLATIONS.values()))}
+    others = (name for name in systems if name not in fixed)
+    return fixed | {name: i for i, name in enumerate(others, len(fixed))}
 
 
 def curves(experiment: Experiment, main: str) -> list[Any]:
@@ -100,14 +102,14 @@ def rep(experiment: Experiment, main: str, links: Links) -> list[Any]:
     """Accuracy of REP beside what needs no projector, and the main system's confusion matrix."""
     rows, by_tag = [], []
     for systems, folders in owners(experiment.runs, lambda run: run.artifact("projector")).items():
-        found = [read_json(folder / "rep.json") for folder in folders]
+        seeds = [read_json(folder / "rep.json") for folder in folders]
         cells = [Cell(", ".join(systems)), str(len(folders))]
         for kind, key in (("projector", "accuracy"), ("projector", "weighted_f1"), ("text_only", "accuracy")):
-            cells.append(links.cell(spread([one[f"test/{kind}"][key] for one in found]), systems[0], folders))
-        test = found[0]["test/projector"]
+            cells.append(links.cell(spread([seed[f"test/{kind}"][key] for seed in seeds]), systems[0], folders))
+        test = seeds[0]["test/projector"]
         rows.append([*cells, f"{100 * test['majority']:.1f}", str(test["n"])])
-        for tag, first in found[0]["test/projector"]["tags"].items():
-            values = [spread([one[f"test/{kind}"]["tags"][tag]["accuracy"] for one in found])
+        for tag, first in test["tags"].items():
+            values = [spread([seed[f"test/{kind}"]["tags"][tag]["accuracy"] for seed in seeds])
                       for kind in ("projector", "text_only")]  # fmt: skip
             by_tag.append([f"{', '.join(systems)}: {tag}", *values, f"{100 * first['majority']:.1f}", str(first["n"])])
     if not rows:
@@ -125,25 +127,24 @@ def rep(experiment: Experiment, main: str, links: Links) -> list[Any]:
         blocks.append(
             Fold("By tag of the utterance", [Table(["", "accuracy, %", "text only, %", "majority, %", "n"], by_tag)])
         )
-    mine = {folder for run in experiment.systems[main] if (folder := run.artifact("projector"))}
-    if mine:
-        found = [read_json(folder / "rep.json") for folder in sorted(mine)]
-        matrices = [one["test/projector"]["confusion"] for one in found]
-        blocks.append(confusion(matrices, f"Confusion of {main}'s projector, test", len(found)))
+    own = {folder for run in experiment.systems[main] if (folder := run.artifact("projector"))}
+    if own:
+        matrices = [read_json(folder / "rep.json")["test/projector"]["confusion"] for folder in sorted(own)]
+        blocks.append(confusion(matrices, f"Confusion of {main}'s projector, test", len(matrices)))
     return blocks
 
 
 def confusion(matrices: Sequence[dict[str, Any]], title: str, seeds: int) -> Table:
     """Counts summed over seeds; columns that nobody ever chose beside the known emotions are left out."""
     rows, columns = matrices[0]["rows"], matrices[0]["columns"]
-    counts = [[sum(one["counts"][i][j] for one in matrices) for j in range(len(columns))] for i in range(len(rows))]
+    counts = np.sum([matrix["counts"] for matrix in matrices], axis=0).tolist()
     kept = [j for j, name in enumerate(columns) if name in rows or any(row[j] for row in counts)]
     cells = [
         [name, *(Cell(str(counts[i][j]), shade=counts[i][j] / max(1, sum(counts[i]))) for j in kept)]
         for i, name in enumerate(rows)
     ]
-    told = f"Counts{f', summed over {seeds} seeds' if seeds > 1 else ''}; shade: share of the row."
-    return Table(["gold \\ predicted", *(columns[j] for j in kept)], cells, title, [told])
+    note = f"Counts{f', summed over {seeds} seeds' if seeds > 1 else ''}; shade: share of the row."
+    return Table(["gold \\ predicted", *(columns[j] for j in kept)], cells, title, [note])
 
 
 def vectors(experiment: Experiment, main: str, links: Links) -> tuple[list[Any], str]:
@@ -165,11 +166,11 @@ def vectors(experiment: Experiment, main: str, links: Links) -> tuple[list[Any],
     from elmd.report.embeddings import LIMIT, clouds
 
     try:
-        found = clouds(run.need("retriever") / "model", raw, samples, max_tokens=config["max_tokens"])
+        places_of = clouds(run.need("retriever") / "model", raw, samples, max_tokens=config["max_tokens"])
     except (ElmdError, OSError) as error:  # a report without this picture is better than none
         logger.warning("no t-SNE: %s", error)
         return [], f"the retriever cannot be read: {error}"
-    pictures = [svg.points(name, places) for name, places in found.items()]
+    pictures = [svg.points(name, places) for name, places in places_of.items()]
     legend = [(i, emotion.value) for i, emotion in enumerate(EMOTIONS)]
     shown = min(LIMIT, len(samples))
     note = (
@@ -183,19 +184,19 @@ def vectors(experiment: Experiment, main: str, links: Links) -> tuple[list[Any],
         note += " The best checkpoint on valid was the untrained one (step 0): “after ERM” shows no training here."
     blocks: list[Any] = [Plots(pictures, legend, note=note, glyphs=True)]
     matches = metrics.get("emotion_match", {})
-    place = next((one for one in (split, "test", "valid") if one in matches), None)
+    place = next((name for name in (split, "test", "valid") if name in matches), None)
     if place is not None:
         rows = [
             [
                 key.replace("raw E_s", "E_s, untrained"),
                 *(
-                    links.cell(f"{100 * one[name]:.1f}", run.system, [run.need("retriever")])
+                    links.cell(f"{100 * match[name]:.1f}", run.system, [run.need("retriever")])
                     for name in ("match@1", "match@5")
                 ),
-                links.cell(f"{one['mrr']:.3f}", run.system, [run.need("retriever")]),
-                f"{100 * one['chance']:.1f}",
+                links.cell(f"{match['mrr']:.3f}", run.system, [run.need("retriever")]),
+                f"{100 * match['chance']:.1f}",
             ]
-            for key, one in matches[place]["all"].items()
+            for key, match in matches[place]["all"].items()
         ]
         columns = ["key", "emotion-match@1, %", "@5, %", "MRR", "chance, %"]
         blocks.append(Table(columns, rows, f"Emotion-match, {place} ({run.system}, seed {run.seed})"))
@@ -205,33 +206,33 @@ def vectors(experiment: Experiment, main: str, links: Links) -> tuple[list[Any],
 def lengths(experiment: Experiment) -> list[Any]:
     """Lengths in characters of the gold and the generated responses, all seeds together."""
     values: dict[str, list[float]] = {"gold": []}
-    gold = {one.id: one.reference for run in experiment.runs for one in run.predictions}
+    gold = {p.id: p.reference for run in experiment.runs for p in run.predictions}
     values["gold"] = [float(len(characters(text))) for text in gold.values()]
     for name, runs in experiment.systems.items():
-        values[name] = [float(len(characters(one.hypothesis))) for run in runs for one in run.predictions]
+        values[name] = [float(len(characters(p.hypothesis))) for run in runs for p in run.predictions]
     note = "Box: quartiles and median; whiskers: 5th to 95th percentile; point: mean. White space is not counted."
     return [Plots([svg.boxes("Length of the response", values, xlabel="characters")], title="Lengths", note=note)]
 
 
 def emotions(experiment: Experiment) -> list[Any]:
     """Shares of the emotions: gold, and those that each system named."""
-    gold = {one.id: one.gold_emotion for run in experiment.runs for one in run.predictions}
+    gold = {p.id: p.gold_emotion for run in experiment.runs for p in run.predictions}
     named = {"gold": list(gold.values())} | {
-        name: [one.predicted_emotion for run in runs for one in run.predictions]
+        name: [p.predicted_emotion for run in runs for p in run.predictions]
         for name, runs in experiment.systems.items()
     }
     rows, silent = [], []
-    for name, found in named.items():
-        counts, known = Counter(found), sum(one is not None for one in found)
-        if not known:
+    for name, values in named.items():
+        counts, total = Counter(values), sum(emotion is not None for emotion in values)
+        if not total:
             silent.append(name)
             continue
-        shares = [counts[emotion] / known for emotion in EMOTIONS]
-        none = (len(found) - known) / len(found)
+        shares = [counts[emotion] / total for emotion in EMOTIONS]
+        none = (len(values) - total) / len(values)
         rows.append(
             [
                 name,
-                *(Cell(f"{100 * one:.1f}", shade=min(1, 2 * one)) for one in shares),
+                *(Cell(f"{100 * share:.1f}", shade=min(1, 2 * share)) for share in shares),
                 f"{100 * none:.1f}" if none else "–",
             ]
         )
@@ -249,5 +250,5 @@ def distributions(experiment: Experiment) -> list[Any]:
 
 def spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
     """A mean with its standard deviation over seeds, where there are several."""
-    found = over_seeds([scale * value for value in values])
-    return f"{found.mean:.{digits}f}" + ("" if found.sd is None else f" ± {found.sd:.{digits}f}")
+    over = over_seeds([scale * value for value in values])
+    return f"{over.mean:.{digits}f}" + ("" if over.sd is None else f" ± {over.sd:.{digits}f}")

@@ -1,4 +1,4 @@
-"""The case gallery (after Fig. 5): test samples with all that the systems saw and what each of them said."""
+"""The case gallery (after Fig. 5): test samples with all that the systems saw and what each of them answered."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ HEIGHT = 96
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """What one system said. `demonstration`: its r', where that is not the one that the case shows."""
+class Answer:
+    """What a system answered. `demonstration`: its r', where that is not the one that the case shows."""
 
     system: str
     text: str
@@ -45,7 +45,7 @@ class Case:
     id: str
     gold: str
     gold_emotion: str | None
-    replies: tuple[Reply, ...]
+    replies: tuple[Answer, ...]
     tags: tuple[str, ...] = ()
     background: str | None = None
     turns: tuple[tuple[str, str, str], ...] = ()
@@ -105,10 +105,10 @@ def gallery(experiment: Experiment, main: str, count: int, *, frames: int = 4, s
     Raises:
         DataError, ArtifactError: samples or demonstrations that a run points at cannot be read.
     """
-    runs = {name: found[0] for name, found in experiment.systems.items()}
-    said = {name: first_draw(run.predictions) for name, run in runs.items()}
-    gold = said[main]
-    chosen = pick({id_: one.gold_emotion or "" for id_, one in gold.items()}, count, seed)
+    runs = {name: of_system[0] for name, of_system in experiment.systems.items()}
+    answers = {name: first_draw(run.predictions) for name, run in runs.items()}
+    gold = answers[main]
+    chosen = pick({id_: p.gold_emotion or "" for id_, p in gold.items()}, count, seed)
     samples: dict[str, Sample] = {}
     demonstrations: dict[str, list[Demonstration]] = {}
     source = next((run for run in [runs[main], *runs.values()] if run.artifact("samples")), None)
@@ -117,35 +117,35 @@ def gallery(experiment: Experiment, main: str, count: int, *, frames: int = 4, s
     if index := runs[main].artifact("demonstrations"):
         demonstrations = load_demonstrations(index / DEMONSTRATIONS)
     clips = {id_: samples[id_].utterance.clip for id_ in chosen if id_ in samples}
-    known = {id_: clip for id_, clip in clips.items() if clip is not None}
-    pictures = thumbnails(known, frames=frames, height=HEIGHT) if known else {}
+    filmed = {id_: clip for id_, clip in clips.items() if clip is not None}
+    pictures = thumbnails(filmed, frames=frames, height=HEIGHT) if filmed else {}
     cases = [
         case(
-            {name: found[id_] for name, found in said.items()},
+            {name: predictions[id_] for name, predictions in answers.items()},
             main,
             sample=samples.get(id_),
             demonstration=next(iter(demonstrations.get(id_, ())), None),
             frames=pictures.get(id_, ()),
-            frames_note="The clip of u cannot be shown." if id_ in known and not pictures[id_] else "",
+            frames_note="The clip of u cannot be shown." if id_ in filmed and not pictures[id_] else "",
         )
         for id_ in chosen
     ]
-    told = (
+    note = (
         f"{len(cases)} of {len(gold)} samples, as many of each gold emotion as there are, drawn with seed {seed}: none "
-        "is chosen for what a system said. Of each system: the first training seed and the first decode seed"
+        "is chosen for what a system answered. Of each system: the first training seed and the first decode seed"
     )
-    seeds = dict.fromkeys((run.seed, next(iter(said[name].values())).seed) for name, run in runs.items())
+    seeds = dict.fromkeys((run.seed, next(iter(answers[name].values())).seed) for name, run in runs.items())
     own = " and ".join(f"{a}, {b}" for a, b in seeds if a is not None)
-    told += f" ({own})." if own else "."
-    if known:
-        told += f" The {frames} frames are spread evenly over the clip of u."
-    emotions = [emotion.value for emotion in EMOTIONS if any(one.gold_emotion == emotion for one in cases)]
-    return Gallery(cases, list(runs), emotions, told)
+    note += f" ({own})." if own else "."
+    if filmed:
+        note += f" The {frames} frames are spread evenly over the clip of u."
+    emotions = [emotion.value for emotion in EMOTIONS if any(case.gold_emotion == emotion for case in cases)]
+    return Gallery(cases, list(runs), emotions, note)
 
 
 def first_draw(predictions: Sequence[Prediction]) -> dict[str, Prediction]:
     """One prediction per sample: that of the first decode seed."""
-    return {one.id: one for one in predictions if one.seed == predictions[0].seed}
+    return {p.id: p for p in predictions if p.seed == predictions[0].seed}
 
 
 def case(
@@ -167,28 +167,27 @@ def case(
     """
     first = replies[main]
     shown = demonstration.response if demonstration is not None else first.demonstration
-    known = () if sample is None else (*sample.history, sample.utterance)
+    turns = () if sample is None else (*sample.history, sample.utterance)
     return Case(
         id=first.id,
         gold=first.reference,
         gold_emotion=first.gold_emotion,
         replies=tuple(
-            Reply(
+            Answer(
                 system=name,
-                text=one.hypothesis,
-                emotion=one.predicted_emotion,
-                wrong=None not in (one.predicted_emotion, one.gold_emotion)
-                and one.predicted_emotion != one.gold_emotion,
-                demonstration=one.demonstration if one.demonstration != shown else None,
+                text=p.hypothesis,
+                emotion=p.predicted_emotion,
+                wrong=None not in (p.predicted_emotion, p.gold_emotion) and p.predicted_emotion != p.gold_emotion,
+                demonstration=p.demonstration if p.demonstration != shown else None,
             )
-            for name, one in replies.items()
+            for name, p in replies.items()
         ),
         tags=first.tags,
         background=None if sample is None else sample.background,
-        turns=tuple((turn.speaker, turn.text, turn.emotion.value) for turn in known),
+        turns=tuple((turn.speaker, turn.text, turn.emotion.value) for turn in turns),
         responder="" if sample is None else sample.response.speaker,
         prompt="" if sample is not None else _prompt(first),
-        frames=tuple(f"data:image/jpeg;base64,{base64.b64encode(one).decode()}" for one in frames),
+        frames=tuple(f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" for jpeg in frames),
         frames_note=frames_note,
         demonstration=None if shown is None else (shown, demonstration.emotion.value if demonstration else None),
     )

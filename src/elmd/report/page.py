@@ -50,8 +50,8 @@ def sections(parts: Sequence[Part], study: Study | None, cases: int) -> list[Sec
     def each(id_: str, title: str, make: Callable[[Part], list[Any]], absent: str) -> Section:
         blocks: list[Any] = []
         for part in parts:
-            if found := make(part):
-                blocks += [Heading(part.experiment.name), *found] if len(parts) > 1 else found
+            if made := make(part):
+                blocks += [Heading(part.experiment.name), *made] if len(parts) > 1 else made
         return Section(id_, title, blocks, "" if blocks else absent)
 
     first = parts[0]
@@ -71,8 +71,8 @@ def sections(parts: Sequence[Part], study: Study | None, cases: int) -> list[Sec
         return [*findings.distributions(part.experiment), *cards.odd(part.experiment)]
 
     def sweeps(part: Part) -> list[Any]:
-        found = [block for key in SYMBOLS for block in sweep(part.comparison, part.experiment, key)]
-        return found + cost(part.comparison, part.experiment, part.links)
+        pictures = [block for key in SYMBOLS for block in sweep(part.comparison, part.experiment, key)]
+        return pictures + cost(part.comparison, part.experiment, part.links)
 
     return [
         each("summary", "Summary", summary, ""),
@@ -100,22 +100,22 @@ def summary(part: Part) -> list[Any]:
     comparison, experiment = part.comparison, part.experiment
     own = [row for row in comparison.rows if row.kind == "system"]
     ran = f"{len(experiment.runs)} runs of {len(experiment.systems)} systems" if len(experiment.runs) > 1 else "One run"
-    told = f"{ran}: {', '.join(experiment.systems)}."
+    text = f"{ran}: {', '.join(experiment.systems)}."
     if own:
         seeds = sorted({seed for row in own for seed in row.seeds if seed is not None})
         config = part.first.config
-        told += (
+        text += (
             f" Training seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; language model "
             f"{config['llm']['name']}, vision {config['vision']['name']}, retriever {config['retriever']['name']}. "
             "Commits, versions and devices: under Code and machine."
         )
     if experiment.missing:
         n = len(experiment.missing)
-        told += f" {n} job{'s are' if n > 1 else ' is'} missing: why is under What is missing."
-    return [Text(results.headline(comparison), "lead"), Text(told)]
+        text += f" {n} job{'s are' if n > 1 else ' is'} missing: why is under What is missing."
+    return [Text(results.headline(comparison), "lead"), Text(text)]
 
 
-def render(title: str, found: Sequence[Section]) -> str:
+def render(title: str, sections: Sequence[Section]) -> str:
     """The page as HTML; all text is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -127,8 +127,8 @@ def render(title: str, found: Sequence[Section]) -> str:
     environment.filters["numbered"] = lambda picture: picture.replace(svg.PICTURE, f"p{next(number)}")
     return environment.get_template("report.html.jinja").render(
         title=title,
-        sections=[one for one in found if one.blocks],
-        absent=[one for one in found if not one.blocks],
+        sections=[section for section in sections if section.blocks],
+        absent=[section for section in sections if not section.blocks],
         emotions=[emotion.value for emotion in EMOTIONS],
         colours=len(svg.COLOURS),
         marks=svg.GLYPHS,

@@ -15,7 +15,7 @@ INK, GRID = "#0a0b0c", "#0a0b0d"
 #: Begins every id of a picture; a page puts something else there for each of its pictures, so that none share an id.
 PICTURE = "elmd-picture"
 
-#: Paul Tol's `bright` scheme, told apart by colour-blind readers; the page has a lighter set for the dark (`--c0` …).
+#: Paul Tol's `bright` scheme, made for colour-blind readers; the page has a lighter set for the dark (`--c0` …).
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 GLYPHS = ("●", "▲", "■", "◆", "▼", "✚", "✖")  # the same for the page's legends
@@ -58,7 +58,7 @@ class Line:
 
 def lines(
     title: str,
-    found: Sequence[Line],
+    drawn: Sequence[Line],
     *,
     xlabel: str,
     ylabel: str = "",
@@ -77,7 +77,7 @@ def lines(
     """
 
     def draw(axis: Any) -> None:
-        for line in found:
+        for line in drawn:
             colour, marker, dashes = look(line.style)
             axis.errorbar(
                 line.xs, line.ys, yerr=_errors(line.errors), color=colour, linestyle=dashes, capsize=2.5,
@@ -88,7 +88,7 @@ def lines(
         if log:
             axis.set_xscale("log", base=2)
         if zero:
-            axis.set_ylim(0, 1.2 * max(max(line.ys) for line in found))
+            axis.set_ylim(0, 1.2 * max(max(line.ys) for line in drawn))
         if ticks is not None:
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
@@ -149,7 +149,7 @@ def inline(svg: str, label: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
     body = body.replace("xlink:href", "href")
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
-    body = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", body)
+    body = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", body)
     body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{PICTURE}-", body)
     body = re.sub(r"font-family: [^;\"]*; ?", "", body)  # the page's own
     for i, colour in enumerate(COLOURS):
