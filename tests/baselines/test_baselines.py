@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from conftest import LINES, make_samples
 from elmd.baselines.base import Baseline, Rows, TextBatch, Vocabulary, fit, generate_all
 from elmd.baselines.dialogpt import DialoGPT
-from elmd.baselines.livebot import Livebot, Shape
+from elmd.baselines.livebot import Livebot, Sizes
 from elmd.cli import compose
 from elmd.config import BootstrapText
 from elmd.data.samples import save_samples
@@ -54,8 +54,8 @@ def dialogpt(dropout: float = 0.0) -> DialoGPT:
 
 def livebot(dropout: float = 0.0, video: int = WIDTH) -> Livebot:
     torch.manual_seed(0)
-    shape = Shape(len(VOCABULARY), video, layers=2, width=32, heads=4, ff=64, dropout=dropout, start=VOCABULARY.start)
-    return Livebot(shape).eval()
+    sizes = Sizes(len(VOCABULARY), video, layers=2, width=32, heads=4, ff=64, dropout=dropout, start=VOCABULARY.start)
+    return Livebot(sizes).eval()
 
 
 def text_livebot(dropout: float = 0.0) -> Livebot:
@@ -67,7 +67,7 @@ Create = Callable[..., Baseline]
 
 
 def rows(model: Baseline, samples: list[Sample] = SAMPLES, *, with_reply: bool = True, most: int = MOST) -> Rows:
-    width = model.shape.video if isinstance(model, Livebot) else 0
+    width = model.sizes.video if isinstance(model, Livebot) else 0
     return Rows(
         samples, VOCABULARY, max_tokens=most, with_reply=with_reply, loss_on_context=model.loss_on_context,
         video=clips, width=width,
@@ -101,7 +101,7 @@ def slow_logits(model: Baseline, ids: list[int], reply: list[int], video: torch.
         return stack.norm(x)
 
     seen: list[torch.Tensor | None] = []
-    if model.shape.video:
+    if model.sizes.video:
         seen = [None if video is None else run(model.video_encoder, model.project(video), [])]
     text = run(model.text_encoder, embed(ids), seen)
     return model.output(run(model.decoder, embed([VOCABULARY.start, *reply]), [*seen, text], causal=True))
@@ -199,12 +199,12 @@ def test_gradients_do_not_depend_on_micro_batches(create: Create, tmp_path: Path
 def test_what_stands_in_padding_changes_nothing(create: Create) -> None:
     model = create()
     batch = rows(model).batch(range(len(SAMPLES)))
-    assert not batch.seen.all()
-    assert not batch.told.all()
+    assert not batch.context_mask.all()
+    assert not batch.reply_mask.all()
     filled = replace(
         batch,
-        context=batch.context.masked_fill(~batch.seen, 7),
-        reply=batch.reply.masked_fill(~batch.told, 7),
+        context=batch.context.masked_fill(~batch.context_mask, 7),
+        reply=batch.reply.masked_fill(~batch.reply_mask, 7),
         video=None if batch.video is None else batch.video.masked_fill(~batch.frames[..., None], 9.0),
     )
     wider = widened(batch)
@@ -219,7 +219,7 @@ def widened(batch: TextBatch) -> TextBatch:
     """The same rows with three more columns of padding everywhere."""
     left, right = (lambda t: F.pad(t, (3, 0))), (lambda t: F.pad(t, (0, 3)))
     return TextBatch(
-        left(batch.context), left(batch.seen), right(batch.reply), right(batch.told),
+        left(batch.context), left(batch.context_mask), right(batch.reply), right(batch.reply_mask),
         None if batch.video is None else F.pad(batch.video, (0, 0, 0, 3), value=5.0),
         None if batch.frames is None else right(batch.frames),
     )  # fmt: skip
@@ -242,7 +242,7 @@ def after(model: Baseline, context: list[int], reply: list[int]) -> torch.Tensor
         return model.gpt(input_ids=torch.tensor([[*context, *reply]])).logits[0]
     assert isinstance(model, Livebot)
     seen = torch.ones(1, len(context), dtype=torch.bool)
-    video = CLIPS[SAMPLES[0].id][None] if model.shape.video else None
+    video = CLIPS[SAMPLES[0].id][None] if model.sizes.video else None
     batch = TextBatch(torch.tensor([context]), seen, ids, torch.ones_like(ids, dtype=torch.bool), video,
                       None if video is None else torch.ones(1, FRAMES, dtype=torch.bool))  # fmt: skip
     return model.decode(ids, torch.ones_like(ids, dtype=torch.bool), model.read(batch))[0]

@@ -20,7 +20,7 @@ from elmd.config import Config, Search
 from elmd.doctor import __main__ as command
 from elmd.doctor.memory import Estimate, estimates, public_config
 from elmd.errors import ConfigError
-from elmd.models.memory import Memory
+from elmd.models.memory import StepMemory
 
 WEIGHTS = save({"w": torch.zeros(512)})  # only its header is read
 
@@ -89,7 +89,7 @@ def _model(config: Any) -> torch.nn.Module:
 
 def test_rows_that_fit() -> None:
     gib = 2**30
-    estimate = Estimate("EERG", False, 2, 100, 16, Memory(10 * gib, gib, 3 * gib, gib, 0))
+    estimate = Estimate("EERG", False, 2, 100, 16, StepMemory(10 * gib, gib, 3 * gib, gib, 0))
     assert estimate.fits(12.6) == 0
     assert estimate.fits(20.6) == 3  # 0.9 × 20 - 11 = 7 GiB for rows of 2
     assert estimate.fits(100.6) == 39

@@ -23,7 +23,7 @@ from elmd.errors import CheckpointError
 from elmd.models import memory
 from elmd.models.adapter import Lora, Prefix
 from elmd.models.elmd import Elmd
-from elmd.models.memory import Memory, free_memory, needs_checkpointing, step_memory
+from elmd.models.memory import StepMemory, free_memory, needs_checkpointing, step_memory
 
 SIZES: dict[str, Any] = {
     "vocab_size": 2000, "hidden_size": 256, "intermediate_size": 856, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -95,7 +95,7 @@ def real(
     return model, batch.to(torch.device(device))
 
 
-def predicted(config: PretrainedConfig, dtype: torch.dtype = torch.float32, **kind: Any) -> Memory:
+def predicted(config: PretrainedConfig, dtype: torch.dtype = torch.float32, **kind: Any) -> StepMemory:
     return step_memory(config, **({"dtype": dtype, "trainables": 0} | SHAPE | kind))
 
 

@@ -1,1 +1,1 @@
-"""Table 2's systems that are networks of their own (§4.2): DialoGPT and Livebot, behind one `fit` and `generate`."""
+"""Table 2's systems that are networks of their own (§4.2): DialoGPT and Livebot, each a `base.Baseline`."""

@@ -140,16 +140,16 @@ class TextBatch:
     """B rows, with L columns of context and R of reply.
 
     Attributes:
-        context: [B, L] long, padded on the left; `seen` [B, L] bool, what is no padding.
-        reply: [B, R] long, padded on the right; `told` [B, R] bool, what is no padding.
+        context: [B, L] long, padded on the left; `context_mask` [B, L] bool, what is no padding.
+        reply: [B, R] long, padded on the right; `reply_mask` [B, R] bool, what is no padding.
         video: [B, F, q] frame features, zeros where there are none, or None in a text model.
         frames: [B, F] bool, what is no padding; all False in a row without a clip.
     """
 
     context: Tensor
-    seen: Tensor
+    context_mask: Tensor
     reply: Tensor
-    told: Tensor
+    reply_mask: Tensor
     video: Tensor | None = None
     frames: Tensor | None = None
 
@@ -162,7 +162,7 @@ class TextBatch:
     @property
     def positions(self) -> Tensor:
         """[B, L] long, from 0 at each row's [CLS]."""
-        return (self.seen.long().cumsum(-1) - 1).clamp(min=0)
+        return (self.context_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class Rows:
@@ -217,17 +217,17 @@ class Rows:
 
     def batch(self, positions: Sequence[int]) -> TextBatch:
         rows = [self.rows[i] for i in positions]
-        context, seen = _pad([row.context for row in rows], self.vocabulary.pad, left=True)
-        reply, told = _pad([row.reply for row in rows], self.vocabulary.pad, left=False)
+        context, context_mask = _pad([row.context for row in rows], self.vocabulary.pad, left=True)
+        reply, reply_mask = _pad([row.reply for row in rows], self.vocabulary.pad, left=False)
         if not self.width:
-            return TextBatch(context, seen, reply, told)
+            return TextBatch(context, context_mask, reply, reply_mask)
         features = [self.video(self.samples[i].id) for i in positions]
         most = max((len(f) for f in features if f is not None), default=1)
         video, frames = torch.zeros(len(rows), most, self.width), torch.zeros(len(rows), most, dtype=torch.bool)
-        for i, found in enumerate(features):
-            if found is not None:
-                video[i, : len(found)], frames[i, : len(found)] = found, True
-        return TextBatch(context, seen, reply, told, video, frames)
+        for i, rows_of_clip in enumerate(features):
+            if rows_of_clip is not None:
+                video[i, : len(rows_of_clip)], frames[i, : len(rows_of_clip)] = rows_of_clip, True
+        return TextBatch(context, context_mask, reply, reply_mask, video, frames)
 
     def _context(self, sample: Sample) -> list[int]:
         turns = [self.vocabulary.encode(turn.text) for turn in (*sample.history, sample.utterance)]

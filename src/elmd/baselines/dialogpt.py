@@ -59,7 +59,7 @@ class DialoGPT(Baseline):
         return cls(GPT2LMHeadModel(config))
 
     def loss(self, batch: TextBatch) -> Tensor:
-        ids, real = torch.cat([batch.context, batch.reply], 1), torch.cat([batch.seen, batch.told], 1)
+        ids, real = torch.cat([batch.context, batch.reply], 1), torch.cat([batch.context_mask, batch.reply_mask], 1)
         positions = (real.long().cumsum(-1) - 1).clamp(min=0)
         logits = self.gpt(
             input_ids=ids, attention_mask=real.long(), position_ids=positions, use_cache=False
@@ -69,7 +69,7 @@ class DialoGPT(Baseline):
         return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(-1)
 
     def begin(self, batch: TextBatch) -> NextLogits:
-        cache, mask = DynamicCache(), batch.seen
+        cache, mask = DynamicCache(), batch.context_mask
         kept = torch.arange(len(mask), device=mask.device)
 
         def next_logits(new: Tensor, running: Tensor) -> Tensor:

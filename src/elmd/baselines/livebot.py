@@ -31,7 +31,7 @@ from elmd.training.checkpoint import save_tensors
 
 
 @dataclass(frozen=True)
-class Shape:
+class Sizes:
     """`config.json`. `video` is q, the width of the frame features, 0 for a text model; `start` is [CLS]'s id."""
 
     vocabulary: int
@@ -99,12 +99,12 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Blocks and a last norm."""
 
-    def __init__(self, shape: Shape, memories: int):
+    def __init__(self, sizes: Sizes, memories: int):
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(shape.width, shape.heads, shape.ff, shape.dropout, memories) for _ in range(shape.layers)
+            Block(sizes.width, sizes.heads, sizes.ff, sizes.dropout, memories) for _ in range(sizes.layers)
         )
-        self.norm = nn.LayerNorm(shape.width)
+        self.norm = nn.LayerNorm(sizes.width)
 
     def forward(self, x: Tensor, hidden: Tensor, memories: Sequence[Memory] = (), *, causal: bool = False) -> Tensor:
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1) if causal else None
@@ -118,28 +118,28 @@ class Livebot(Baseline):
 
     loss_on_context = False
 
-    def __init__(self, shape: Shape):
+    def __init__(self, sizes: Sizes):
         super().__init__()
-        self.shape, seen = shape, int(shape.video > 0)
+        self.sizes, seen = sizes, int(sizes.video > 0)
         if seen:
-            self.project = nn.Linear(shape.video, shape.width)
-            self.video_encoder = Stack(shape, 0)
-        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
-        self.text_encoder = Stack(shape, seen)
-        self.decoder = Stack(shape, seen + 1)
-        self.output = nn.Linear(shape.width, shape.vocabulary)
-        self.dropout = nn.Dropout(shape.dropout)
+            self.project = nn.Linear(sizes.video, sizes.width)
+            self.video_encoder = Stack(sizes, 0)
+        self.embedding = nn.Embedding(sizes.vocabulary, sizes.width)
+        self.text_encoder = Stack(sizes, seen)
+        self.decoder = Stack(sizes, seen + 1)
+        self.output = nn.Linear(sizes.width, sizes.vocabulary)
+        self.dropout = nn.Dropout(sizes.dropout)
 
     def read(self, batch: TextBatch) -> list[Memory]:
         """The encoded video, if any, and the encoded context."""
         memories = []
-        if self.shape.video:
+        if self.sizes.video:
             assert batch.video is not None
             assert batch.frames is not None
             frames = Memory(self.project(batch.video), batch.frames)
             memories.append(Memory(self.video_encoder(frames.values, frames.hidden), batch.frames))
-        text = self.text_encoder(self.embed(batch.context, batch.positions), ~batch.seen, memories)
-        return [*memories, Memory(text, batch.seen)]
+        text = self.text_encoder(self.embed(batch.context, batch.positions), ~batch.context_mask, memories)
+        return [*memories, Memory(text, batch.context_mask)]
 
     def decode(self, ids: Tensor, real: Tensor, memories: Sequence[Memory]) -> Tensor:
         """Logits [B, R, vocabulary] after each of `ids` [B, R]."""
@@ -148,22 +148,22 @@ class Livebot(Baseline):
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """[B, L] -> [B, L, width]."""
-        half = torch.arange(0, self.shape.width, 2, device=ids.device)
-        angles = positions.unsqueeze(-1) * torch.exp(half * (-math.log(10000.0) / self.shape.width))
+        half = torch.arange(0, self.sizes.width, 2, device=ids.device)
+        angles = positions.unsqueeze(-1) * torch.exp(half * (-math.log(10000.0) / self.sizes.width))
         waves = torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
         return self.dropout(self.embedding(ids) + waves)
 
     def loss(self, batch: TextBatch) -> Tensor:
-        starts = torch.full_like(batch.reply[:, :1], self.shape.start)
+        starts = torch.full_like(batch.reply[:, :1], self.sizes.start)
         ids = torch.cat([starts, batch.reply[:, :-1]], 1)
-        real = torch.cat([torch.ones_like(batch.told[:, :1]), batch.told[:, :-1]], 1)
+        real = torch.cat([torch.ones_like(batch.reply_mask[:, :1]), batch.reply_mask[:, :-1]], 1)
         logits = self.decode(ids, real, self.read(batch)).float()
-        labels = batch.reply.masked_fill(~batch.told, IGNORED)
+        labels = batch.reply.masked_fill(~batch.reply_mask, IGNORED)
         return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(-1)
 
     def begin(self, batch: TextBatch) -> NextLogits:
         memories = self.read(batch)
-        starts = torch.full_like(batch.context[:, :1], self.shape.start)
+        starts = torch.full_like(batch.context[:, :1], self.sizes.start)
 
         def next_logits(new: Tensor, running: Tensor) -> Tensor:
             # The decoder runs again over all that is new: replies are short, and it keeps no cache.
@@ -175,10 +175,10 @@ class Livebot(Baseline):
 
     def save(self, folder: Path) -> None:
         save_tensors(folder / WEIGHTS, dict(self.state_dict()))
-        write_json(folder / CONFIG, asdict(self.shape))
+        write_json(folder / CONFIG, asdict(self.sizes))
 
     @classmethod
     def load(cls, folder: Path) -> Livebot:
-        model = cls(Shape(**read_json(folder / CONFIG)))
+        model = cls(Sizes(**read_json(folder / CONFIG)))
         model.load_state_dict(load_file(folder / WEIGHTS))
         return model.eval()

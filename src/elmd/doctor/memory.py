@@ -15,7 +15,7 @@ from elmd.config import BOOTSTRAP, AdapterKind, Config, EergConfig, RepConfig
 from elmd.convert.chatglm2 import CHATGLM2_6B, native_config
 from elmd.dtypes import pick_dtype
 from elmd.log import table
-from elmd.models.memory import SHARE, Memory, adapter_size, step_memory
+from elmd.models.memory import SHARE, StepMemory, adapter_size, step_memory
 
 GIB = 2**30
 
@@ -44,7 +44,7 @@ class Estimate:
     rows: int
     length: int
     batch: int
-    memory: Memory
+    memory: StepMemory
 
     def fits(self, gib: float) -> int:
         """Rows that fit on a GPU of that size; a step's memory is proportional to them."""

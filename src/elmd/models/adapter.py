@@ -39,16 +39,15 @@ class FixedLayer(DynamicLayer):
 
 def fixed(cache: DynamicCache) -> DynamicCache:
     """The same keys and values in layers that stay as they are."""
-    found = DynamicCache()
-    found.layers = []
-    one: Any
+    copy = DynamicCache()
+    copy.layers = []
     layer: Any
     for layer in cache.layers:
-        one = FixedLayer()
-        one.lazy_initialization(layer.keys, layer.values)
-        one.keys, one.values = layer.keys, layer.values
-        found.layers.append(one)
-    return found
+        same: Any = FixedLayer()
+        same.lazy_initialization(layer.keys, layer.values)
+        same.keys, same.values = layer.keys, layer.values
+        copy.layers.append(same)
+    return copy
 
 
 class Prefix(nn.Module):
@@ -169,7 +168,7 @@ def load_adapter(llm: PreTrainedModel, folder: Path, *, trainable: bool = False,
     """An adapter in PEFT's format.
 
     Args:
-        trainable: to go on with, not only to use.
+        trainable: to train further, not only to use.
         dropout: of a prefix, while it trains.
 
     Raises:
@@ -189,7 +188,7 @@ def load_adapter(llm: PreTrainedModel, folder: Path, *, trainable: bool = False,
         ) from error
     if not trainable:
         return prefix
-    going_on = Prefix.create(llm, prefix.length, dropout)  # PEFT gives a loaded prefix for use only
+    copy = Prefix.create(llm, prefix.length, dropout)  # PEFT gives a loaded prefix for use only
     with torch.no_grad():
-        going_on.table.embedding.weight.copy_(prefix.table.embedding.weight)
-    return going_on
+        copy.table.embedding.weight.copy_(prefix.table.embedding.weight)
+    return copy

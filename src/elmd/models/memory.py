@@ -1,7 +1,7 @@
 """How much memory a training step takes: predicted without weights and without a GPU.
 
 The step itself is run on the meta device, where tensors have sizes but no contents: ELMD's own forward and backward
-pass around a language model of the same configuration. Every operation tells what it allocates, and what nobody holds
+pass around a language model of the same configuration. Every operation reports what it allocates, and what nobody holds
 any more is subtracted, so the highest sum is the peak: no formula per architecture, and nothing to keep in step with
 the model's code.
 """
@@ -37,7 +37,7 @@ _FUSED = "elmd_fused_sizes"
 
 
 @dataclass(frozen=True)
-class Memory:
+class StepMemory:
     """Bytes on one GPU at the peak of a training step.
 
     Attributes:
@@ -77,7 +77,7 @@ def step_memory(
     free_tokens: int = 0,
     target_tokens: int | None = None,
     checkpointing: bool = False,
-) -> Memory:
+) -> StepMemory:
     """The peak of the forward and backward pass of one micro-batch; a third of a second for a model of 6B.
 
     Args:
@@ -85,8 +85,8 @@ def step_memory(
         dtype: of the language model.
         rows: B.
         length: L, padding included.
-        targets: tokens of the longest target, and one.
-        trainables: how many numbers train.
+        targets: tokens of the longest target, plus 1.
+        trainables: how many numbers are trained.
         virtual: P, of a prefix.
         lora_rank: of LoRA updates.
         free_tokens: first columns that are read without gradient (REP's causal split).
@@ -121,7 +121,7 @@ def step_memory(
         ) from error
     peak = max(decoder.peak, live.peak)
     logits = decoder.loss_peak - decoder.kept
-    return Memory(weights, TRAINED * trainables, decoder.kept, logits, max(0, peak - decoder.kept - logits))
+    return StepMemory(weights, TRAINED * trainables, decoder.kept, logits, max(0, peak - decoder.kept - logits))
 
 
 def needs_checkpointing(
@@ -139,22 +139,23 @@ def needs_checkpointing(
     Args:
         shapes: of all micro-batches. Those are predicted that have the most of something that takes memory: tokens
             with gradient, tokens in all, scores of attention, logits. At 6B and CPED's lengths the largest of all
-            thousands was found so, or one within 0.3 % of it.
+            thousands was among them, or a shape within 0.3 % of it.
         others: as in `step_memory`.
     """
     if not shapes:
         return False  # no step is to be made
     sizes: tuple[Callable[[Shape], int], ...] = (
-        lambda one: one.rows * (one.length - one.free),
-        lambda one: one.rows * one.length,
-        lambda one: one.rows * (one.length - one.free) * (virtual + one.length),
-        lambda one: one.targets,
+        lambda shape: shape.rows * (shape.length - shape.free),
+        lambda shape: shape.rows * shape.length,
+        lambda shape: shape.rows * (shape.length - shape.free) * (virtual + shape.length),
+        lambda shape: shape.targets,
     )
     worst = 0
-    for one in {max(shapes, key=size) for size in sizes}:
+    for shape in {max(shapes, key=size) for size in sizes}:
         memory = step_memory(
-            config, dtype=dtype, rows=one.rows, length=one.length, targets=one.keep + 1, target_tokens=one.targets,
-            free_tokens=one.free, trainables=trainables, virtual=virtual, lora_rank=lora_rank,
+            config, dtype=dtype, rows=shape.rows, length=shape.length, targets=shape.keep + 1,
+            target_tokens=shape.targets, free_tokens=shape.free, trainables=trainables, virtual=virtual,
+            lora_rank=lora_rank,
         )  # fmt: skip
         worst = max(worst, memory.step + memory.trainables)
     return worst > SHARE * free_memory(device)

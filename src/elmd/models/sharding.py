@@ -1,4 +1,4 @@
-"""The frozen language model shared out over ranks (FSDP), for GPUs that the whole of it does not fit on.
+"""The frozen language model FSDP-sharded: for GPUs too small for the whole of it.
 
 Each rank keeps 1/world of every frozen weight; a layer's weights are gathered just before it runs, forward and
 backward, and dropped after. What trains (projector, prefix, LoRA) is on every rank, and its gradients go through the
@@ -34,7 +34,7 @@ def sharding(accelerator: Accelerator) -> bool:
 
 
 def shard(llm: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    """Share out the frozen weights of a language model, in place; every rank calls this with the same weights.
+    """FSDP-shard the frozen weights of a language model, in place; every rank calls this with the same weights.
 
     Parameters that require gradients stay whole.
 
@@ -73,8 +73,8 @@ def in_step(shares: Sequence[Sequence[list[int]]], rank: int, *, level: bool) ->
     """The batches that a rank runs, each with whether its result counts.
 
     Args:
-        shares: each rank's own batches (positions of samples), known to all ranks.
-        level: whether all ranks are to run as many as the one that has most (`sharding`): the extra ones repeat the
+        shares: of each rank, its batches (positions of samples).
+        level: whether all ranks are to run as many as the rank with most (`sharding`): the extra ones repeat the
             smallest batch and do not count.
     """
     batches = [(batch, True) for batch in shares[rank]]
@@ -88,14 +88,14 @@ def pass_cost(accelerator: Accelerator) -> int:
     """What a pass of the language model costs beside its tokens, in tokens (see `data.collate.bin_pack`).
 
     On a GPU an estimate for 6B: kernels are started for 10 ms and weights read for 5, against 50 microseconds a token.
-    Where ranks share the model out, its 12 GiB pass between them besides, at some 200 GB/s.
+    Where the model is FSDP-sharded, its 12 GiB also pass between ranks, at some 200 GB/s.
     """
     cost = PASS if accelerator.device.type == "cpu" else 2 * PASS
     return 8 * cost if sharding(accelerator) else cost
 
 
 def is_sharded(llm: nn.Module) -> bool:
-    """Whether ranks share this model out, so that all must run it equally often."""
+    """Whether this model is FSDP-sharded, so that all ranks must run it equally often."""
     return isinstance(llm, FSDPModule)
 
 

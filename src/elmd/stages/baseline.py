@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elmd.baselines.base import VOCABULARY, Baseline, Rows, Vocabulary, fit
 from elmd.baselines.dialogpt import DialoGPT
-from elmd.baselines.livebot import Livebot, Shape
+from elmd.baselines.livebot import Livebot, Sizes
 from elmd.config import BaselineName, Config, Sampling, VisionKind
 from elmd.data.examples import Features, no_features, shuffled
 from elmd.data.samples import load_samples
@@ -152,7 +152,7 @@ def create(cfg: Config, vocabulary: Vocabulary, width: int) -> Baseline:
             max_tokens=sizes.max_tokens,
         )
     return Livebot(
-        Shape(
+        Sizes(
             vocabulary=len(vocabulary),
             video=width,
             layers=sizes.layers,
@@ -190,7 +190,7 @@ def frames_of(cfg: Config, job: Job, samples: Sequence[Sample]) -> tuple[Feature
     store, last = FeatureStore(job.upstream["features"]), frame_rows(cfg)
 
     def frames(sample: str) -> Tensor | None:
-        found = store.get(sample)
-        return found if found is None or last is None else found[-last:]
+        features = store.get(sample)
+        return features if features is None or last is None else features[-last:]
 
     return shuffled(frames, samples, seed=cfg.data.split_seed) if cfg.vision.shuffle else frames, store.width

@@ -25,13 +25,13 @@ from elmd.types import Sample
 
 
 @dataclass(frozen=True)
-class Reply:
+class Answer:
     """What a model wrote for a sample.
 
     Attributes:
         ended: whether it came to an end before `max_new_tokens`.
         prompt: the texts that the model read, by part.
-        emotion: the one it named, None where it named none.
+        emotion: that it named, None where it named none.
         demonstration: the retrieved response in the prompt.
     """
 
@@ -49,11 +49,11 @@ class Author:
     Attributes:
         write: replies to all samples, for each decode seed.
         names_emotions: whether it was taught to name one.
-        counts: what else there is to tell.
+        counts: for the manifest, beside those of the answers.
     """
 
     samples: list[Sample]
-    write: Callable[[Sequence[int]], list[list[Reply]]]
+    write: Callable[[Sequence[int]], list[list[Answer]]]
     names_emotions: bool
     counts: dict[str, Any]
 
@@ -79,21 +79,21 @@ def reads(cfg: Config) -> Inputs:
 def run(cfg: Config, job: Job) -> Outcome:
     author = (_baseline if cfg.baseline.name.own_model else _elmd)(cfg, job)
     predictions, unnamed, unfinished = [], 0, 0
-    for seed, replies in zip(cfg.generate.seeds, author.write(cfg.generate.seeds), strict=True):
-        for sample, reply in zip(author.samples, replies, strict=True):
-            unnamed += reply.emotion is None
-            unfinished += not reply.ended
+    for seed, answers in zip(cfg.generate.seeds, author.write(cfg.generate.seeds), strict=True):
+        for sample, answer in zip(author.samples, answers, strict=True):
+            unnamed += answer.emotion is None
+            unfinished += not answer.ended
             predictions.append(
                 Prediction(
                     id=sample.id,
-                    hypothesis=reply.text,
+                    hypothesis=answer.text,
                     reference=sample.response.text,
-                    demonstration=reply.demonstration,
+                    demonstration=answer.demonstration,
                     gold_emotion=sample.response.emotion,
-                    predicted_emotion=reply.emotion,
+                    predicted_emotion=answer.emotion,
                     seed=seed,
                     tags=sample.utterance.tags,
-                    extra={"prompt": reply.prompt},
+                    extra={"prompt": answer.prompt},
                 )
             )
     if job.accelerator.is_main_process:
@@ -124,7 +124,7 @@ def _elmd(cfg: Config, job: Job) -> Author:
     examples = parts.examples(samples, task, with_target=False)
     tokenizer, prompt = parts.encoder.tokenizer, parts.encoder.prompt
 
-    def write(seeds: Sequence[int]) -> list[list[Reply]]:
+    def write(seeds: Sequence[int]) -> list[list[Answer]]:
         ids = generate_all(
             model,
             examples,
@@ -136,14 +136,14 @@ def _elmd(cfg: Config, job: Job) -> Author:
             temperature=cfg.generate.temperature,
             seeds=seeds,
         )
-        replies: list[list[Reply]] = [[] for _ in seeds]
-        for sample, row, several in zip(samples, examples.rows, ids, strict=True):
+        answers: list[list[Answer]] = [[] for _ in seeds]
+        for sample, row, of_seeds in zip(samples, examples.rows, ids, strict=True):
             demonstrations = parts.demonstrations.get(sample.id, [])
             read = prompt.parts(sample, demonstrations, task, video=row.slots > 0)
-            for new, found in zip(several, replies, strict=True):
+            for new, of_seed in zip(of_seeds, answers, strict=True):
                 emotion, text = prompt.split_target(tokenizer.decode(new, skip_special_tokens=True), task)
-                found.append(
-                    Reply(
+                of_seed.append(
+                    Answer(
                         text=text,
                         ended=len(new) < cfg.generate.max_new_tokens,
                         prompt={part: text.replace(SLOTS, "<video>") for part, text in read.items()},
@@ -151,21 +151,21 @@ def _elmd(cfg: Config, job: Job) -> Author:
                         demonstration=demonstrations[0].response if demonstrations else None,
                     )
                 )
-        return replies
+        return answers
 
     return Author(samples, write, cfg.eerg.with_emotion, {"cut": dict(parts.encoder.cuts)})
 
 
 def _baseline(cfg: Config, job: Job) -> Author:
     """DialoGPT or Livebot: they read the dialogue's text (and frames), name no emotion and see no demonstration."""
-    every = load_samples(job.upstream["prepare"] / "samples.jsonl")
-    samples = [sample for sample in every if sample.split == cfg.generate.split]
+    all_splits = load_samples(job.upstream["prepare"] / "samples.jsonl")
+    samples = [sample for sample in all_splits if sample.split == cfg.generate.split]
     model, vocabulary = baseline.load(cfg, job.upstream["generator"])
     model.to(job.accelerator.device)
-    video, width = baseline.frames_of(cfg, job, every)
+    video, width = baseline.frames_of(cfg, job, all_splits)
     rows = baseline.rows_for(cfg, model, vocabulary, video, width)(samples, with_reply=False)
 
-    def write(seed: int) -> list[Reply]:
+    def write(seed: int) -> list[Answer]:
         ids = baselines.generate_all(
             model,
             rows,
@@ -177,7 +177,7 @@ def _baseline(cfg: Config, job: Job) -> Author:
             seed=seed,
         )
         return [
-            Reply(
+            Answer(
                 text=vocabulary.decode(new),
                 ended=len(new) < cfg.generate.max_new_tokens,
                 prompt={

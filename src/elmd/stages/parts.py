@@ -67,10 +67,10 @@ class Parts:
         Raises:
             ArtifactError: it has none.
         """
-        found = [sample for sample in self.samples if sample.split == name]
-        if not found:
+        samples = [sample for sample in self.samples if sample.split == name]
+        if not samples:
             raise ArtifactError(f"the data has no {name} samples", fix="look at the counts that stage=prepare printed")
-        return found
+        return samples
 
     def with_clip(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those that the projector learns from; where nothing else trains, the others would teach nothing.
@@ -95,7 +95,7 @@ class Parts:
         return Examples(samples, self.encoder, self.demonstrations, features, task, with_target=with_target)
 
     def checkpointing(self, cfg: Config, objective: ElmdObjective, steps: int) -> bool:
-        """Whether to train with activation checkpointing: as told, or if the largest micro-batch would not fit."""
+        """Whether to checkpoint activations: as configured; `auto`: if the largest micro-batch would not fit."""
         if cfg.llm.checkpointing is not Checkpointing.auto:
             return cfg.llm.checkpointing is Checkpointing.always
         model = objective.model

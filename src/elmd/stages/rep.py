@@ -36,7 +36,7 @@ def reads(cfg: Config) -> Inputs:
         raise ConfigError(
             "REP trains the visual projector, and vision=none has none",
             where="stage",
-            fix="choose a vision=… that sees video, or go on with stage=eerg",
+            fix="choose a vision=… that sees video, or run stage=eerg",
         )
     start = cfg.rep.projector_from
     return reads_parts(cfg) | Inputs(("rep", "seed"), files={"projector": Path(start)} if start else {})
@@ -47,10 +47,10 @@ def run(cfg: Config, job: Job) -> Outcome:
     torch.manual_seed(cfg.seed)
     start = cfg.rep.projector_from
     projector = Projector.load(Path(start)) if start else Projector(parts.width, parts.hidden)
-    found, wanted = projector.linear.weight.shape, (parts.hidden, parts.width)
-    if found != wanted:
+    hidden, width = projector.linear.weight.shape
+    if (hidden, width) != (parts.hidden, parts.width):
         raise CheckpointError(
-            f"turns {found[1]} numbers into {found[0]}, but features of {wanted[1]} are to become {wanted[0]}",
+            f"turns {width} numbers into {hidden}, but features of {parts.width} are to become {parts.hidden}",
             where=f"rep.projector_from={start}",
             fix="take the projector of this vision encoder and this language model, or leave it out",
         )
@@ -133,9 +133,9 @@ def _finish(model: Elmd, parts: Parts, cfg: Config, job: Job) -> Outcome:
 
 def _scores(model: Elmd, parts: Parts, examples: Examples, cfg: Config, job: Job) -> dict:
     """Accuracy, F1 and confusion over `examples`, and the same within each tag of their utterances."""
-    found = predict_emotions(model, examples, parts.words, cfg.rep.micro_tokens, job.accelerator, "predict emotions")
     gold = [sample.response.emotion for sample in examples.samples]
-    predicted = [EMOTIONS[i] for i in found]
+    numbers = predict_emotions(model, examples, parts.words, cfg.rep.micro_tokens, job.accelerator, "predict emotions")
+    predicted = [EMOTIONS[i] for i in numbers]
 
     def of(positions: Sequence[int]) -> dict:
         return emotion_scores([gold[i] for i in positions], [predicted[i] for i in positions])
@@ -145,8 +145,8 @@ def _scores(model: Elmd, parts: Parts, examples: Examples, cfg: Config, job: Job
 
 def by_tag(samples: Sequence[Sample]) -> dict[str, list[int]]:
     """Positions of the samples whose utterance carries each tag."""
-    found: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
         for tag in sample.utterance.tags:
-            found.setdefault(tag, []).append(i)
-    return dict(sorted(found.items()))
+            positions.setdefault(tag, []).append(i)
+    return dict(sorted(positions.items()))
