@@ -500,7 +500,9 @@ def test_the_stage_trains_and_what_it_leaves_generates(overrides: list[str], tmp
     assert outcome.counts["train_with_clip"] == (8 if overrides == ["baseline=livebot_tiny"] else 0)
     assert outcome.counts["unknown"]["train"] == 0
 
-    made = writing.run(cfg, Job(tmp_path / "generate", upstream, Accelerator(cpu=True)))
+    made = writing.run(
+        cfg, Job(tmp_path / "generate", upstream | {"generator": tmp_path / "baseline"}, Accelerator(cpu=True))
+    )
     predictions = read_predictions(tmp_path / "generate/predictions.jsonl")
     test = [sample for sample in samples if sample.split == "test"]
     assert [(p.id, p.seed) for p in predictions] == [(s.id, seed) for seed in (0, 1) for s in test]
