@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,20 +14,20 @@ from sentence_transformers.base.modules import Transformer
 
 from elmd.config import Config, DataConfig, ErmConfig, Key, Reader, RetrieverConfig
 from elmd.data.samples import save_samples
-from elmd.engine.stage import Job
+from elmd.engine.stage import Job, Outcome
 from elmd.errors import DataError
 from elmd.retrieval.demonstrations import demonstrations, load_demonstrations
 from elmd.retrieval.index import Index
 from elmd.retrieval.strategy import Settings
 from elmd.stages import erm as erm_stage
 from elmd.stages import index as index_stage
+from elmd.types import SPLITS
 from encoders import make_samples
 
 
-@pytest.fixture
-def prepared(tmp_path: Path) -> Path:
-    folder = tmp_path / "prepare"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepare")
     save_samples(folder / "samples.jsonl", make_samples(tags=True))
     return folder
 
@@ -50,10 +50,44 @@ def run_stages(cfg: Config, prepared: Path, folder: Path) -> tuple[Any, Any]:
     return erm, index_stage.run(cfg, Job(folder / "index", upstream, accelerator))
 
 
-def test_erm_learns_the_emotion_and_the_index_leaks_nothing(bert: Path, prepared: Path, tmp_path: Path) -> None:
-    cfg = config(bert)
-    erm, index = run_stages(cfg, prepared, tmp_path / "runs")
-    folder = tmp_path / "runs" / "erm"
+class Trained(NamedTuple):
+    """Both stages' outcomes and folder, the texts that stage `erm` tokenised, and the rows it encoded to score them."""
+
+    erm: Outcome
+    index: Outcome
+    folder: Path
+    tokenised: list[str]
+    encoded: int
+
+
+@pytest.fixture(scope="module")
+def trained(bert: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    tokenised: list[str] = []
+    encoded: list[int] = []
+    forward, preprocess = Transformer.forward, SentenceTransformer.preprocess
+
+    def counted(self: Transformer, features: Any, **others: Any) -> Any:
+        if not self.training:
+            encoded.append(len(features["input_ids"]))
+        return forward(self, features, **others)
+
+    def noted(self: SentenceTransformer, texts: list[str], **others: Any) -> Any:
+        tokenised.extend(texts)
+        return preprocess(self, texts, **others)
+
+    cfg, folder, accelerator = config(bert), tmp_path_factory.mktemp("runs"), Accelerator(cpu=True)
+    for name in ("erm", "index"):
+        (folder / name).mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transformer, "forward", counted)
+        patch.setattr(SentenceTransformer, "preprocess", noted)
+        erm = erm_stage.run(cfg, Job(folder / "erm", {"prepare": prepared}, accelerator))
+    index = index_stage.run(cfg, Job(folder / "index", {"prepare": prepared, "erm": folder / "erm"}, accelerator))
+    return Trained(erm, index, folder, tokenised, sum(encoded))
+
+
+def test_erm_learns_the_emotion(trained: Trained) -> None:
+    folder, erm = trained.folder / "erm", trained.erm
     assert {"model", "metrics.jsonl", "curves.png"} <= {path.name for path in folder.iterdir()}
     assert not (folder / "model.safetensors").exists()
     assert [entry["type"].rsplit(".", 1)[1] for entry in json.loads((folder / "model/modules.json").read_text())] == [
@@ -69,16 +103,30 @@ def test_erm_learns_the_emotion_and_the_index_leaks_nothing(bert: Path, prepared
     assert erm.counts["train"] == 40
     assert erm.counts["anchors_without_positive_per_epoch"] == 0
 
-    stored = Index.load(tmp_path / "runs" / "index")
+
+def test_each_text_is_tokenised_once_and_encoded_once_for_given_weights(trained: Trained) -> None:
+    texts = {split: {s.utterance.text for s in make_samples() if s.split == split} for split in SPLITS}
+    every, selection = set().union(*texts.values()), texts["train"] | texts["valid"]
+    assert sorted(trained.tokenised) == sorted(every)
+    # All before training, which also serves the evaluation of step 0; train and the selection split in each epoch; all
+    # after training, less what the last epoch encoded if its weights are the best.
+    epochs = trained.erm.counts["steps"] // trained.erm.counts["batches_per_epoch"]
+    last = trained.erm.metrics["best_step"] == trained.erm.counts["steps"]
+    after = every - selection if last else every
+    assert trained.encoded == len(every) + epochs * len(selection) + len(after)
+
+
+def test_the_index_leaks_nothing(trained: Trained) -> None:
+    stored = Index.load(trained.folder / "index")
     assert set(stored.vectors) == {"e_u", "E_s"}
     samples = make_samples(tags=True)
     assert set(stored.ids) == {sample.id for sample in samples if sample.split == "train"}
-    shown = load_demonstrations(tmp_path / "runs" / "index" / "demonstrations.jsonl")
+    shown = load_demonstrations(trained.folder / "index" / "demonstrations.jsonl")
     dialogue = {sample.id: sample.dialogue for sample in samples}
     assert set(shown) == set(dialogue)
     assert all(dialogue[r.source] != dialogue[name] for name, ranked in shown.items() for r in ranked)
-    assert {row["own_dialogue"] for row in index.metrics.values()} == {0.0}
-    assert set(index.metrics) == {"train", "valid", "test"}
+    assert {row["own_dialogue"] for row in trained.index.metrics.values()} == {0.0}
+    assert set(trained.index.metrics) == {"train", "valid", "test"}
 
 
 def test_without_self_separation_only_e_u_is_there(bert: Path, prepared: Path, tmp_path: Path) -> None:
@@ -87,10 +135,10 @@ def test_without_self_separation_only_e_u_is_there(bert: Path, prepared: Path, t
     assert set(Index.load(tmp_path / "runs" / "index").vectors) == {"e_u"}
 
 
-def test_audit_shows_the_leak_where_it_is_allowed(bert: Path, prepared: Path, tmp_path: Path) -> None:
-    cfg = config(bert, epochs=0)
+def test_audit_shows_the_leak_where_it_is_allowed(bert: Path, prepared: Path, trained: Trained, tmp_path: Path) -> None:
+    cfg, upstream = config(bert), {"prepare": prepared, "erm": trained.folder / "erm"}
     cfg.retriever.allow_same_dialogue = True
-    _, index = run_stages(cfg, prepared, tmp_path / "runs")
+    index = index_stage.run(cfg, Job(tmp_path, upstream, Accelerator(cpu=True)))
     assert index.metrics["train"]["own_dialogue"] == 1.0
     assert index.metrics["train"]["gold_response"] == 1.0
     assert index.metrics["test"]["own_dialogue"] == 0.0  # its dialogue is not in the training split
@@ -134,41 +182,3 @@ def test_a_split_without_samples_is_an_error_that_names_it(bert: Path, tmp_path:
     save_samples(folder / "samples.jsonl", [s for s in make_samples() if s.split != "valid"])
     with pytest.raises(DataError, match="there is no sample in split valid"):
         run_stages(config(bert), folder, tmp_path / "runs")
-
-
-@pytest.mark.parametrize("lr", [5e-3, 0.0])
-def test_each_text_is_tokenised_once_and_encoded_once_for_given_weights(
-    bert: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lr: float
-) -> None:
-    encoded, tokenised, epochs = [], [], 2
-    forward, preprocess = Transformer.forward, SentenceTransformer.preprocess
-
-    def counted(self: Transformer, features: Any, **others: Any) -> Any:
-        if not self.training:
-            encoded.append(len(features["input_ids"]))
-        return forward(self, features, **others)
-
-    def noted(self: SentenceTransformer, texts: list[str], **others: Any) -> Any:
-        tokenised.extend(texts)
-        return preprocess(self, texts, **others)
-
-    monkeypatch.setattr(Transformer, "forward", counted)
-    monkeypatch.setattr(SentenceTransformer, "preprocess", noted)
-    (tmp_path / "erm").mkdir()
-    cfg, accelerator = config(bert, epochs=epochs, lr=lr), Accelerator(cpu=True)
-    outcome = erm_stage.run(cfg, Job(tmp_path / "erm", {"prepare": prepared}, accelerator))
-
-    texts = {
-        split: {s.utterance.text for s in make_samples() if s.split == split} for split in ("train", "valid", "test")
-    }
-    every, selection = set().union(*texts.values()), texts["train"] | texts["valid"]
-    assert sorted(tokenised) == sorted(every)
-    if lr == 0:  # weights never change
-        assert sum(encoded) == len(every)
-        return
-    last = outcome.metrics["best_step"] == outcome.counts["steps"]
-    at_the_end = every - selection if last else every
-    # Once before training, which serves the evaluation of step 0 too; train and the selection split in each epoch.
-    assert sum(encoded) == len(every) + epochs * len(selection) + len(at_the_end)
-    best = outcome.metrics["emotion_match"]["valid"]["all"][cfg.retriever.key.value]["match@1"]
-    assert outcome.metrics["emotion_match@1"] == best
