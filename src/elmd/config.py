@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from elmd.engine.keys import ANY, DROPOUT, POSITIVE, SHARE, SOME, Range, setting
+from elmd.vision import default_decoder
 
 #: A checkpoint path with this value stands for the stand-in made by `stage=bootstrap`.
 BOOTSTRAP = "bootstrap"
@@ -196,7 +197,8 @@ class VisionConfig:
         8, SOME, packed=True, when=_looks
     )  # m; not in the paper. A turn lasts a few seconds; 4 and 16 are the sweep
     sampling: Sampling = setting(Sampling.uniform, packed=True, when=_looks)
-    decoder: Decoder = setting(Decoder.decord, packed=True, when=_looks)  # pyav gives the same pixels
+    # decord where it is installed, else pyav; their pixels are equal
+    decoder: Decoder = setting(lambda: Decoder(default_decoder()), packed=True, when=_looks)
     workers: int = setting(0, ANY, counts=False, packed=True)  # processes that decode; 0: a core each, but one
     timeout_s: float = setting(60.0, POSITIVE, counts=False, packed=True)  # per clip
     batch_frames: int = setting(64, SOME, counts=False, packed=True)

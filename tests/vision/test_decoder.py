@@ -10,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from conftest import ROOT
+from elmd.config import Decoder, VisionConfig
 from elmd.vision import default_decoder
 
 
@@ -20,6 +21,8 @@ def test_the_default_is_what_is_installed(monkeypatch: pytest.MonkeyPatch, insta
 
     monkeypatch.setattr("elmd.vision.find_spec", find_spec)
     assert default_decoder() == decoder
+    assert VisionConfig().decoder is Decoder(decoder), "of the configuration"
+    assert VisionConfig(decoder=Decoder.decord).decoder is Decoder.decord, "whoever names one gets it"
 
 
 def test_this_machine_has_the_decoder_that_its_default_names() -> None:
