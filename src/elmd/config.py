@@ -234,7 +234,7 @@ class PromptConfig:
     rep: str = MISSING
     eerg: str = MISSING
     reply: str = MISSING
-    emotion_end: str = "。"
+    emotion_end: str = MISSING
 
 
 @dataclass
