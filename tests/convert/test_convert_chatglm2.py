@@ -7,7 +7,6 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -476,15 +475,17 @@ def test_an_embedding_smaller_than_the_tokenizer_is_told(
 # --- the command line ---
 
 
-def test_script_as_a_user_runs_it(checkpoint: Path, tmp_path: Path) -> None:
+def test_script_as_a_user_runs_it(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     dst = tmp_path / "dst"
-    done = subprocess.run(
-        [sys.executable, SCRIPT, checkpoint, dst, "--ptuning", checkpoint / PTUNING],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False, timeout=120,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, f"converted: {dst}\n"), done.stderr
+    arguments = [SCRIPT, checkpoint, dst, "--ptuning", checkpoint / PTUNING]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert out == f"converted: {dst}\n"
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(dst).parameters())
-    assert f"{parameters:,}" in done.stderr
+    assert f"{parameters:,}" in err
     assert (dst / "adapter/adapter_model.safetensors").is_file()
 
 
