@@ -7,9 +7,9 @@
 SRC holds config.json, tokenizer.model and the weights (pytorch_model-*.bin or model-*.safetensors); remote code in it
 is not run. DST gets weights in safetensors, configuration and tokenizer; use it as llm.path=DST. --ptuning takes the
 prefix that ChatGLM2's own ptuning/main.py trained (a file, or the folder of a checkpoint) and writes it to DST/adapter;
-with DST alone, which was converted before, only that. Needs the size of the weights on disk again, and memory for one
-shard. Nothing is left behind where it fails;
-a killed one leaves DST.partial, which the next removes. Exit code: 0 done, 1 cannot be done, 2 wrong arguments.
+with DST alone, which was converted before, only that. Takes as much disk again as the weights, and memory for one
+shard. Where it fails, nothing is left behind; a killed run leaves DST.partial, which the next removes. Exit code: 0
+done, 1 cannot be done, 2 wrong arguments.
 """
 
 from __future__ import annotations

@@ -65,13 +65,13 @@ def config(sizes: Sizes, layout: str = "hf") -> dict[str, Any]:
 
 def shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """Tensors of the image encoder, without the layout's prefix."""
-    found: dict[str, tuple[int, ...]] = {}
+    table: dict[str, tuple[int, ...]] = {}
 
     def norm(name: str, width: int) -> None:
-        found.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
+        table.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
 
     def dense(name: str, into: int, out: int) -> None:
-        found.update({f"{name}.weight": (out, into), f"{name}.bias": (out,)})
+        table.update({f"{name}.weight": (out, into), f"{name}.bias": (out,)})
 
     def layer(name: str, width: int, inner: int, cross: int | None) -> None:
         norm(f"{name}.input_layernorm", width)
@@ -87,32 +87,32 @@ def shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         dense(f"{name}.mlp.dense_4h_to_h", inner, width)
 
     hidden, q = sizes.hidden, sizes.q_hidden
-    found["vit.transformer.word_embeddings.weight"] = (1, hidden)
-    found["vit.transformer.position_embeddings.weight"] = ((sizes.image // sizes.patch) ** 2 + 1, hidden)
+    table["vit.transformer.word_embeddings.weight"] = (1, hidden)
+    table["vit.transformer.position_embeddings.weight"] = ((sizes.image // sizes.patch) ** 2 + 1, hidden)
     for i in range(sizes.layers):
         layer(f"vit.transformer.layers.{i}", hidden, sizes.inner, None)
-    found["vit.mixins.patch_embedding.proj.weight"] = (hidden, 3, sizes.patch, sizes.patch)
-    found["vit.mixins.patch_embedding.proj.bias"] = (hidden,)
+    table["vit.mixins.patch_embedding.proj.weight"] = (hidden, 3, sizes.patch, sizes.patch)
+    table["vit.mixins.patch_embedding.proj.bias"] = (hidden,)
     norm("vit.mixins.cls.ln_vision", hidden)
-    found["qformer.transformer.word_embeddings.weight"] = (sizes.queries, q)
+    table["qformer.transformer.word_embeddings.weight"] = (sizes.queries, q)
     for i in range(sizes.q_layers):
         layer(f"qformer.transformer.layers.{i}", q, 4 * q, hidden if i % sizes.frequency == 0 else None)
     norm("qformer.transformer.final_layernorm", q)
     dense("glm_proj", q, sizes.llm_hidden)
-    return found
+    return table
 
 
 def language_shapes(sizes: Sizes, layout: str = "hf") -> dict[str, tuple[int, ...]]:
     """Some of the language model's tensors, under the names that they have in that layout."""
-    width, found = sizes.llm_hidden, {"transformer.word_embeddings.weight": (11, sizes.llm_hidden)}
+    width, table = sizes.llm_hidden, {"transformer.word_embeddings.weight": (11, sizes.llm_hidden)}
     for i in range(sizes.llm_layers):
         name = f"transformer.layers.{i}"
-        found |= {f"{name}.attention.query_key_value.weight": (3 * width, width)}
-        found |= {f"{name}.input_layernorm.bias": (width,)}
+        table |= {f"{name}.attention.query_key_value.weight": (3 * width, width)}
+        table |= {f"{name}.input_layernorm.bias": (width,)}
     if layout == "hf":
-        return {**found, "transformer.layers.0.attention.rotary_emb.inv_freq": (4,), "lm_head.weight": (11, width)}
-    found |= {"transformer.position_embeddings.weight": (9, width), "mixins.chatglm-attn.rotary_emb.inv_freq": (4,)}
-    return {**found, "mixins.chatglm-final.lm_head.weight": (11, width)}
+        return {**table, "transformer.layers.0.attention.rotary_emb.inv_freq": (4,), "lm_head.weight": (11, width)}
+    table |= {"transformer.position_embeddings.weight": (9, width), "mixins.chatglm-attn.rotary_emb.inv_freq": (4,)}
+    return {**table, "mixins.chatglm-final.lm_head.weight": (11, width)}
 
 
 def random_weights(sizes: Sizes, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -217,8 +217,8 @@ def reference(weights: dict[str, Tensor], sizes: Sizes, pixels: Tensor) -> dict[
         if i % sizes.frequency == 0:
             cross = f"{name}.cross_attention"
             key, value = dense(seen, f"{cross}.key_value").chunk(2, -1)
-            found = dense(attend(dense(x, f"{cross}.query"), key, value, sizes.q_heads), f"{cross}.dense")
-            x = norm(x + found, f"{name}.post_cross_attention_layernorm", 1e-12)
+            attended = dense(attend(dense(x, f"{cross}.query"), key, value, sizes.q_heads), f"{cross}.dense")
+            x = norm(x + attended, f"{name}.post_cross_attention_layernorm", 1e-12)
         x = x + mlp(x, f"{name}.mlp")
         out[f"qformer_layer_{i}"] = x
     out["qformer_last_hidden_state"] = norm(x, "qformer.transformer.final_layernorm", 1e-12)

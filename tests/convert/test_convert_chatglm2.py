@@ -90,9 +90,9 @@ def test_a_large_file_is_cut(checkpoint: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(shards, "LARGEST", 100_000)
     assert convert_chatglm2(checkpoint, cut).written.files > 2
     assert all(file.stat().st_size < 110_000 + 1000 for file in cut.glob("*.safetensors"))
-    expected, found = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, cut))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, cut))
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 def test_what_else_the_folder_holds(checkpoint: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_what_else_the_folder_holds(checkpoint: Path, tmp_path: Path) -> None:
         assert ids[2:] == pieces.encode(typed)
 
 
-def test_without_a_tokenizer_the_weights_are_converted_and_it_is_said(
+def test_without_a_tokenizer_the_weights_are_converted_and_that_is_logged(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (checkpoint / "tokenizer.model").unlink()
@@ -141,8 +141,8 @@ def test_names_without_transformer_in_front(tmp_path: Path) -> None:
     convert_chatglm2(src, tmp_path / "with")
     save_file({name.removeprefix("transformer."): value for name, value in weights.items()}, src / "model.safetensors")
     convert_chatglm2(src, tmp_path / "without")
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("with", "without"))
-    assert all(torch.equal(one[name], two[name]) for name in one | two)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("with", "without"))
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
 
 
 def test_shards_without_an_index(checkpoint: Path, tmp_path: Path) -> None:
@@ -194,8 +194,8 @@ def test_prefix_is_what_peft_writes(tmp_path: Path, projected: bool) -> None:
     loaded = PeftModel.from_pretrained(load_llm(dst)[0], dst / "adapter").get_prompt(2)
     table = expected.view(7, 3, 2, 1, 16)
     for i, layer in enumerate(loaded.layers):
-        for kind, found in enumerate((layer.keys, layer.values)):
-            assert (found - table[:, i, kind].transpose(0, 1)).abs().max() < 1e-6
+        for kind, states in enumerate((layer.keys, layer.values)):
+            assert (states - table[:, i, kind].transpose(0, 1)).abs().max() < 1e-6
 
 
 def test_prefix_names_and_places(checkpoint: Path, tmp_path: Path) -> None:
@@ -205,9 +205,9 @@ def test_prefix_names_and_places(checkpoint: Path, tmp_path: Path) -> None:
     assert torch.equal(prefix_table(checkpoint / PTUNING / "pytorch_model.bin", config), expected)
     file = tmp_path / "model.safetensors"
     save_file({"prefix_encoder.embedding.weight": expected.half(), "transformer.output_layer.weight": expected}, file)
-    found = prefix_table(file, config)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, expected.half().float())
+    table = prefix_table(file, config)
+    assert table.dtype == torch.float32
+    assert torch.equal(table, expected.half().float())
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_prefix_of_a_folder_that_was_converted_before(checkpoint: Path, tmp_path
         ({"_name_or_path": "THUDM/chatglm3-6b"}, "is ChatGLM3: the same layers, but prompts made of role tokens"),
         ({"multi_query_group_num": 3}, "4 heads of width 16 in 3 groups do not fit"),
         ({"kv_channels": 18}, "4 heads of width 18 in 2 groups do not fit"),
-        ({"kv_channels": 0}, "kv_channels is 0, where something like 128 belongs"),
+        ({"kv_channels": 0}, "kv_channels is 0, not a value such as 128"),
         ({"num_layers": "28"}, "num_layers is '28'"),
         ({"layernorm_epsilon": True}, "layernorm_epsilon is True"),
     ],
@@ -279,7 +279,7 @@ def test_refused_configurations(checkpoint: Path, tmp_path: Path, change: dict, 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=rf"^{path}: .*{message}"):
         convert_chatglm2(checkpoint, tmp_path / "dst")
-    assert [found.name for found in tmp_path.iterdir()] == ["src"]
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 @pytest.mark.parametrize("key", [key for key in CHATGLM2_6B if key not in ("add_qkv_bias", "multi_query_attention")])
@@ -310,9 +310,9 @@ INDEX = "pytorch_model.bin.index.json"
 
 
 def _index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
-    found = json.loads((folder / INDEX).read_text())
-    change(found["weight_map"])
-    (folder / INDEX).write_text(json.dumps(found))
+    content = json.loads((folder / INDEX).read_text())
+    change(content["weight_map"])
+    (folder / INDEX).write_text(json.dumps(content))
 
 
 def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -463,7 +463,7 @@ def test_nothing_is_left_after_a_failure(
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
-def test_an_embedding_smaller_than_the_tokenizer_is_told(
+def test_an_embedding_smaller_than_the_tokenizer_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("elmd.log.logger.propagate", True)
@@ -500,7 +500,7 @@ def test_script_in_parts_and_its_errors(
     main([str(dst), "--ptuning", str(checkpoint / PTUNING)])
     assert capsys.readouterr().out == f"converted: {dst}\n" * 2
     assert (dst / "adapter/adapter_model.safetensors").is_file()
-    for arguments, code, told in (
+    for arguments, code, message in (
         ([checkpoint, dst], 1, f"error: {dst}: exists already; move it away, or give another folder for the result.\n"),
         ([dst], 2, "give SRC and DST, or DST and --ptuning"),
     ):
@@ -508,4 +508,4 @@ def test_script_in_parts_and_its_errors(
             main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         assert (stopped.value.code, out) == (code, "")
-        assert told in err
+        assert message in err

@@ -74,20 +74,20 @@ def test_parity_with_the_original_in_every_layer(golden: dict[str, Tensor], tmp_
         write(source, weights, settings, layout="sat")
     done = convert_visualglm(source, tmp_path / "native")
     assert done.left_out == {}
-    found = layers(VisionEncoder.load(tmp_path / "native"), golden["pixel_values"])
+    results = layers(VisionEncoder.load(tmp_path / "native"), golden["pixel_values"])
     projector = Projector.load(tmp_path / "native" / PROJECTION)
     with torch.no_grad():
-        found["glm_proj_output"] = projector(found["qformer_last_hidden_state"])
-    assert found.keys() == golden.keys() - {"pixel_values"}
-    for name, value in found.items():
+        results["glm_proj_output"] = projector(results["qformer_last_hidden_state"])
+    assert results.keys() == golden.keys() - {"pixel_values"}
+    for name, value in results.items():
         assert (value - golden[name]).abs().max() < 1e-5, name
 
 
 def test_the_second_forward_is_the_original_s(golden: dict[str, Tensor]) -> None:
     weights = load_file(GOLDEN_FILES / "visualglm_vision" / "model.safetensors")
-    found = reference({k.removeprefix(HUB): v for k, v in weights.items()}, GOLDEN_SIZES, golden["pixel_values"])
-    assert found.keys() == golden.keys() - {"pixel_values"}
-    for name, value in found.items():
+    results = reference({k.removeprefix(HUB): v for k, v in weights.items()}, GOLDEN_SIZES, golden["pixel_values"])
+    assert results.keys() == golden.keys() - {"pixel_values"}
+    for name, value in results.items():
         assert (value - golden[name]).abs().max() < 1e-5, name
     assert {HUB + name: shape for name, shape in shapes(GOLDEN_SIZES).items()} == {
         k: tuple(v.shape) for k, v in weights.items()
@@ -115,12 +115,12 @@ def test_random_checkpoints_of_other_sizes_agree_with_the_second_forward(
     encoder = VisionEncoder.load(tmp_path / "native").double()  # exact, so that nothing hides in rounding
     pixels = torch.randn(2, 3, sizes.image, sizes.image, generator=torch.Generator().manual_seed(1)).double()
     expected = reference({name: tensor.double() for name, tensor in weights.items()}, sizes, pixels)
-    found = layers(encoder, pixels)
+    results = layers(encoder, pixels)
     projector = Projector.load(tmp_path / "native" / PROJECTION).double()
     with torch.no_grad():
-        found["glm_proj_output"] = projector(found["qformer_last_hidden_state"])
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+        results["glm_proj_output"] = projector(results["qformer_last_hidden_state"])
+    assert results.keys() == expected.keys()
+    for name, value in results.items():
         assert (value - expected[name]).abs().max() < 1e-9, name
     assert done.projection == (sizes.llm_hidden, sizes.q_hidden)
     assert sum(done.left_out.values()) == len(language_shapes(sizes, options.get("layout", "hf")))
@@ -161,13 +161,13 @@ def test_the_public_model_is_covered_name_by_name() -> None:
     original = {HUB + name: shape for name, shape in shapes(PUBLIC).items()}
     renamed = renaming(HUB, PUBLIC.layers, PUBLIC.q_layers, PUBLIC.frequency)
     assert renamed.keys() == original.keys() - {f"{HUB}glm_proj.weight", f"{HUB}glm_proj.bias"}
-    found: dict[str, tuple[int, ...]] = {}
+    converted: dict[str, tuple[int, ...]] = {}
     for name in renamed:
         results = translate(name, torch.empty(original[name], device="meta"), renamed)
-        assert not found.keys() & results.keys()
-        found |= {new: tuple(tensor.shape) for new, tensor in results.items()}
+        assert not converted.keys() & results.keys()
+        converted |= {new: tuple(tensor.shape) for new, tensor in results.items()}
     wanted = VisionEncoder.empty(VisionShape(), Path("BLIP-2's own defaults")).state_dict()
-    assert found == {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    assert converted == {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     assert len(renamed) == 669
     sizes = [
         sum(tensor.numel() for name, tensor in wanted.items() if name.startswith("vision_model") is vit)
@@ -189,10 +189,10 @@ def test_the_command_says_what_it_wrote_and_left_out(
     run(monkeypatch, tmp_path / "original", tmp_path / "native")
     shown = capsys.readouterr()
     assert shown.out == f"converted: {tmp_path / 'native'}\n"
-    told = " ".join(shown.err.replace("│", " ").split())
-    assert "left out: transformer.… (language model), tensors 6" in told
-    assert "left out: lm_head.… (language model), tensors 1" in told
-    assert "numbers of glm_proj, in glm_proj.safetensors 16 × 24" in told
+    printed = " ".join(shown.err.replace("│", " ").split())
+    assert "left out: transformer.… (language model), tensors 6" in printed
+    assert "left out: lm_head.… (language model), tensors 1" in printed
+    assert "numbers of glm_proj, in glm_proj.safetensors 16 × 24" in printed
     assert VisionEncoder.load(tmp_path / "native").tokens == 7
 
 
@@ -201,8 +201,8 @@ def test_the_command_fails_in_one_sentence(
 ) -> None:
     with pytest.raises(SystemExit, match="1"):
         run(monkeypatch, tmp_path / "none", tmp_path / "native")
-    told = capsys.readouterr().err.strip()
-    assert told == (
+    printed = capsys.readouterr().err.strip()
+    assert printed == (
         f"error: {tmp_path / 'none'}: there is no config.json and no model_config.json; "
         "give the folder of VisualGLM-6B."
     )  # fmt: skip
@@ -360,9 +360,9 @@ def test_what_is_no_whole_visualglm_is_refused_and_leaves_nothing(tmp_path: Path
     settings = config(sizes)
     change(tensors, settings)
     write(tmp_path / "original", tensors, settings)
-    with pytest.raises(CheckpointError, match=message) as told:
+    with pytest.raises(CheckpointError, match=message) as caught:
         convert_visualglm(tmp_path / "original", tmp_path / "native")
-    assert str(told.value).count("\n") == 0
+    assert str(caught.value).count("\n") == 0
     assert [p.name for p in tmp_path.iterdir()] == ["original"]
 
 

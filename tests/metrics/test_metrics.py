@@ -74,8 +74,8 @@ def slow_lcs(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
-def f_score(matched: int, found: int, expected: int) -> float:
-    return 2 * matched / (found + expected) if matched else 0.0
+def f_score(matched: int, predicted: int, expected: int) -> float:
+    return 2 * matched / (predicted + expected) if matched else 0.0
 
 
 # ---- text protocols

@@ -334,10 +334,10 @@ def test_command_line_exits_with_1_and_writes_nothing(
     with pytest.raises(SystemExit) as stopped:
         guard(lambda: run(compose(overrides), train))
     assert stopped.value.code == 1
-    told = capsys.readouterr()
-    assert re.search("^error: .*" + message, told.err, re.MULTILINE), told.err
-    assert "Traceback" not in told.err
-    assert "artifact:" not in told.out
+    shown = capsys.readouterr()
+    assert re.search("^error: .*" + message, shown.err, re.MULTILINE), shown.err
+    assert "Traceback" not in shown.err
+    assert "artifact:" not in shown.out
     assert snapshot(runs) == before
 
 
@@ -372,9 +372,9 @@ def test_what_is_usable_is_read_with_a_counted_warning(
 ) -> None:
     reader, path = make(tmp_path)
     counts = prepare(READERS[reader](path), split="dialogue").counts
-    found = {what: note for what, note in counts["notes"].items() if warning in what}
-    assert len(found) == 1, counts["notes"]
-    note = next(iter(found.values()))
+    matches = {what: note for what, note in counts["notes"].items() if warning in what}
+    assert len(matches) == 1, counts["notes"]
+    note = next(iter(matches.values()))
     assert note["count"] == 1
     assert place in note["example"]
     assert counts["sentences"] == 60, "no text is lost"

@@ -1,8 +1,8 @@
 """ChatGLM2's original checkpoint as `GlmForCausalLM`, with a fast tokenizer; its P-Tuning v2 prefixes as PEFT's.
 
-The architectures are the same; names differ, and the original keeps query, key and value in one matrix. What is
-written loads with plain `AutoModelForCausalLM` and `AutoTokenizer`. Measured against the original: equal logits in
-float32; in half precision the original also computes rotary angles in half, which we do not copy.
+The architectures are the same; names differ, and the original has query, key and value in one matrix. The result loads
+with plain `AutoModelForCausalLM` and `AutoTokenizer`. Measured against the original: equal logits in float32; in half
+precision the original also computes rotary angles in half, which we do not copy.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from elmd.errors import CheckpointError
 from elmd.log import logger
 from elmd.models import ADAPTER
 
-#: What decides ChatGLM2-6B's shape, under the original's names.
+#: The settings that decide the shape of ChatGLM2-6B, under the original's names.
 CHATGLM2_6B: dict[str, Any] = {
     "model_type": "chatglm", "num_layers": 28, "padded_vocab_size": 65024, "hidden_size": 4096,
     "ffn_hidden_size": 13696, "kv_channels": 128, "num_attention_heads": 32, "multi_query_attention": True,
     "multi_query_group_num": 2, "add_qkv_bias": True, "layernorm_epsilon": 1e-5, "seq_length": 32768,
 }  # fmt: skip
 
-#: Settings that `Glm` has no other value for, with the original's default where a config.json leaves one out.
+#: Settings for which `Glm` has one value only, and the original's default where config.json does not give them.
 _FIXED: dict[str, tuple[Any, Any]] = {
     "multi_query_attention": (True, False), "rmsnorm": (True, True), "post_layer_norm": (True, True),
     "add_bias_linear": (False, False), "apply_residual_connection_post_layernorm": (False, False),
@@ -78,7 +78,7 @@ def convert_chatglm2(src: Path, dst: Path, ptuning: Path | None = None) -> Conve
         ptuning: file or folder with the prefix of the original's P-Tuning v2; becomes `dst/adapter/`.
 
     Raises:
-        CheckpointError: something is missing or damaged, or is no ChatGLM2; `dst` is taken. Nothing is left on disk.
+        CheckpointError: something is missing or damaged, or is no ChatGLM2; `dst` exists. Nothing is left on disk.
     """
     refuse_taken(dst)
     if not src.is_dir():
@@ -110,7 +110,7 @@ def convert_chatglm2(src: Path, dst: Path, ptuning: Path | None = None) -> Conve
 
 
 def _tokenizer(pieces: Path, config: GlmConfig) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a checkpoint; weights without one are worth converting, for whoever has it elsewhere."""
+    """The tokenizer of a checkpoint; None where there is none: a user may have it elsewhere."""
     if not pieces.is_file():
         logger.warning("%s is missing: the result will have no tokenizer, and ELMD needs one to train with it", pieces)
         return None
@@ -177,18 +177,18 @@ def native_config(original: Mapping[str, Any], *, where: Path | None = None) -> 
         value = original.get(key, usual)
         number = isinstance(usual, int | float) and not isinstance(usual, bool)
         if type(value) is not type(usual) or (number and value <= 0):
-            raise refuse(f"{key} is {value!r}, where something like {usual!r} belongs", "download config.json again")
+            raise refuse(f"{key} is {value!r}, not a value such as {usual!r}", "download config.json again")
     for key, (value, default) in _FIXED.items():
         if original.get(key, default) != value:
             raise refuse(
                 f"{key} is {original.get(key, default)}, where only {value} can be represented"
-                + (" (GLM-4 and the 32k variants turn positions otherwise)" if key == "rope_ratio" else "")
+                + (" (GLM-4 and the 32k variants have other rotary positions)" if key == "rope_ratio" else "")
             )
     heads, groups, width = (original[key] for key in ("num_attention_heads", "multi_query_group_num", "kv_channels"))
     if heads % groups or width % 4:
         raise refuse(
             f"{heads} heads of width {width} in {groups} groups do not fit: heads come in equal groups, "
-            "and a quarter of the width turns in pairs"
+            "and a quarter of the width is rotated in pairs"
         )
     return GlmConfig(
         vocab_size=original["padded_vocab_size"], hidden_size=original["hidden_size"],
@@ -210,7 +210,7 @@ def wanted_shapes(config: GlmConfig) -> dict[str, tuple[int, ...]]:
 
 
 def translator(config: GlmConfig) -> Translate:
-    """What each tensor of the original becomes; names with and without `transformer.` in front."""
+    """What each tensor of the original becomes; names with or without the prefix `transformer.`."""
     heads, width = _kv(config)
     q, kv = config.num_attention_heads * width, heads * width
 
@@ -225,8 +225,8 @@ def translator(config: GlmConfig) -> Translate:
                 f"{name} belongs to P-Tuning v2",
                 fix="give the folder of the model that was tuned as SRC, and this one to --ptuning",
             )
-        if found := _LAYER.fullmatch(bare):
-            layer, rest = f"model.layers.{found[1]}.", found[2]
+        if match := _LAYER.fullmatch(bare):
+            layer, rest = f"model.layers.{match[1]}.", match[2]
             if rest in _IN_LAYER:
                 return {layer + _IN_LAYER[rest]: tensor}
             if qkv := _QKV.fullmatch(rest):
@@ -247,19 +247,18 @@ def translator(config: GlmConfig) -> Translate:
 def prefix_table(path: Path, config: GlmConfig) -> Tensor:
     """The table [P, layers · 2 · KV heads · head width], float32, of the original's P-Tuning v2.
 
-    A prefix that was trained through a network (`prefix_projection`) is the network's output: the same numbers.
+    Of a prefix that was trained through a network (`prefix_projection`), the output of the network: the same numbers.
 
     Raises:
         CheckpointError: there is no prefix, a part is missing, or it belongs to a model of another shape.
     """
     parts = {
-        found[1]: tensor.float()
+        match[1]: tensor.float()
         for _, tensors in Source(path).shards()
         for name, tensor in tensors.items()
-        if (found := _PREFIX.fullmatch(name))
+        if (match := _PREFIX.fullmatch(name))
     }
-    known = {"embedding.weight", *_NETWORK}
-    wanted = known if set(parts) - {"embedding.weight"} else {"embedding.weight"}
+    wanted = {"embedding.weight"} if set(parts) <= {"embedding.weight"} else {"embedding.weight", *_NETWORK}
     if set(parts) != wanted:
         lacking = ", ".join(sorted(wanted - set(parts))) or "nothing"
         other = ", ".join(sorted(set(parts) - wanted)) or "nothing"
@@ -290,7 +289,7 @@ def prefix_table(path: Path, config: GlmConfig) -> Tensor:
 
 
 def _save_prefix(table: Tensor, config: GlmConfig, folder: Path) -> None:
-    """Write a table in PEFT's adapter format, without the language model that PEFT itself would need for it."""
+    """Write a table in PEFT's adapter format, without loading the language model, as PEFT itself would."""
     heads, width = _kv(config)
     PrefixTuningConfig(
         task_type=TaskType.CAUSAL_LM, inference_mode=True, prefix_projection=False, num_virtual_tokens=len(table),
@@ -301,7 +300,7 @@ def _save_prefix(table: Tensor, config: GlmConfig, folder: Path) -> None:
 
 
 def _kv(config: GlmConfig) -> tuple[int, int]:
-    """KV heads and their width, which `GlmConfig` may leave open and we do not."""
+    """KV heads and their width; `GlmConfig` may have None there, ours does not."""
     assert config.num_key_value_heads is not None
     assert config.head_dim is not None
     return config.num_key_value_heads, config.head_dim

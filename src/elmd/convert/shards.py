@@ -1,8 +1,8 @@
 """Read a checkpoint shard by shard, rename its tensors, write the result: whole or not at all.
 
-One function `translate(name, tensor)` says what each tensor becomes. It runs twice: over meta tensors, so that every
-name and shape is known to fit before a byte is written, then over the memory-mapped weights. Neither side is ever in
-memory as a whole: tensors read are pages of the file, and at most `LARGEST` bytes are handed to the writer at a time.
+A function `translate(name, tensor)` says what each tensor becomes. It runs twice: on meta tensors, so that all names
+and shapes are checked before a byte is written, then on the memory-mapped weights. Neither checkpoint is ever in memory
+as a whole: tensors that are read are pages of the file, and the writer gets at most `LARGEST` bytes at a time.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from elmd.engine.files import read_object, write_json
 from elmd.errors import CheckpointError, reason
 from elmd.log import progress
 
-#: What a source tensor becomes: names and tensors, none if it is dropped on purpose. Works on meta tensors too, keeps
-#: the dtype, and raises CheckpointError for a name that it does not know.
+#: What a source tensor becomes: tensors by name, none where it is left out. It works on meta tensors too, keeps the
+#: dtype, and raises CheckpointError for an unknown name.
 Translate = Callable[[str, Tensor], dict[str, Tensor]]
 
-#: Bytes of a written file at most (unless one tensor is larger): what the writer may copy at a time.
+#: Bytes of a written file at most, unless a single tensor is larger.
 LARGEST = 2 * 10**9
 #: Bytes that stay free on the disk beside what is written.
 SPARE = 64 * 2**20
@@ -49,8 +49,8 @@ class Source:
             are unwrapped.
 
     Raises:
-        CheckpointError: a file is missing, cut off, an LFS pointer, no checkpoint, holds other objects than tensors, or
-            disagrees with the index; or a tensor is in two files.
+        CheckpointError: a file is missing, cut off, a Git LFS pointer, no checkpoint, holds other objects than tensors,
+            or disagrees with the index; or a tensor is in two files.
     """
 
     def __init__(self, path: Path):
@@ -68,11 +68,11 @@ class Source:
         places = owner if index is None else index
         for name in sorted({*owner, *places}):
             if places.get(name) != owner.get(name):
-                said, found = (
+                listed, actual = (
                     f"in {file.name}" if file else "in no file" for file in (places.get(name), owner.get(name))
                 )
                 raise CheckpointError(
-                    f"the index says that {name} is {said}, but it is {found}", where=path, fix=_AGAIN
+                    f"the index says that {name} is {listed}, but it is {actual}", where=path, fix=_AGAIN
                 )
 
     @property
@@ -89,7 +89,7 @@ class Source:
         return {name: tensor.dtype for name, tensor in self.tensors.items()}
 
     def shards(self) -> Iterator[tuple[Path, dict[str, Tensor]]]:
-        """Each file with its tensors, opened as it is reached; what has been seen is let go with its last tensor."""
+        """Each file with its tensors, opened when it is reached."""
         for file in self.files:
             yield file, _open(file)
 
@@ -114,20 +114,18 @@ def convert(
     what: str,
     keep: Callable[[str], bool] | None = None,
 ) -> Written:
-    """Write `folder` with the translated tensors as safetensors, and with whatever `finish` adds.
-
-    The work is done in `<folder>.partial/`, which is renamed at the end and removed on any error.
+    """Write `folder`: the translated tensors as safetensors, and what `finish` adds. See `building`.
 
     Args:
-        wanted: name -> shape of every tensor that the result must hold, no more and no less.
+        wanted: the shape of every tensor of the result by name; the result holds exactly these.
         folder: must not exist, or be empty.
-        finish: writes configuration, tokenizer … into the folder that it is given.
-        what: what is converted, for the progress bar.
-        keep: source names to convert; all if None.
+        finish: writes configuration, tokenizer and the like into a folder.
+        what: title of the progress bar.
+        keep: whether a source tensor is converted; None: all are.
 
     Raises:
-        CheckpointError: the result would not be what is `wanted`, the folder is taken, or the disk is too small. In the
-            first two cases nothing has been written.
+        CheckpointError: the result would not be what is `wanted`, the folder exists, or the disk is too small. Nothing
+            has been written then.
     """
     refuse_taken(folder)
     parts, sizes = _plan(source, translate, wanted, keep)
@@ -158,7 +156,7 @@ def convert(
 
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file that transformers and PEFT read, with the permissions of any other new file."""
+    """Write a safetensors file that transformers and PEFT read, with the permissions of any other new file."""
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes files for the owner alone
 
@@ -166,7 +164,7 @@ def save(tensors: dict[str, Tensor], path: Path) -> None:
 def refuse_taken(folder: Path, fix: str = "move it away, or give another folder for the result") -> None:
     """
     Raises:
-        CheckpointError: there is something at `folder` already.
+        CheckpointError: `folder` exists and is not empty.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError("exists already", where=folder, fix=fix)
@@ -180,7 +178,7 @@ def building(folder: Path, size: int) -> Iterator[Path]:
         size: bytes that will be written, about.
 
     Raises:
-        CheckpointError: the disk is too small, writing failed, or another process is at it.
+        CheckpointError: the disk is too small, writing failed, or another process is writing there.
     """
     partial = folder.with_name(folder.name + ".partial")
     disk = next(parent for parent in partial.absolute().parents if parent.is_dir())
@@ -224,9 +222,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def _plan(
     source: Source, translate: Translate, wanted: Mapping[str, tuple[int, ...]], keep: Callable[[str], bool] | None
 ) -> tuple[list[tuple[Path, list[str]]], dict[str, int]]:
-    """Source file and names behind each file to write, and the bytes of each result; checks all against `wanted`.
+    """For each file to write, its source file and tensors; and the bytes of each result. Checks all against `wanted`.
 
-    A written file never spans two source files, so one shard at a time is enough.
+    A written file has tensors of one source file only, so that one is open at a time.
     """
     parts: list[tuple[Path, list[str]]] = []
     sizes: dict[str, int] = {}
@@ -269,7 +267,7 @@ def _plan(
 
 
 def _find(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
-    """The files of a checkpoint, and where the index (if there is one) says that each tensor is."""
+    """The files of a checkpoint, and the file of each tensor by the index; None where there is no index."""
     if path.is_file():
         return [path], None
     if not path.is_dir():
@@ -299,7 +297,7 @@ def _find(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
 
 
 def _open(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, as pages of the file: nothing is read yet."""
+    """The tensors of a file, memory-mapped: nothing is read yet."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -319,7 +317,7 @@ def _open(path: Path) -> dict[str, Tensor]:
             raise _unreadable(path, error) from error
     if start[:4] != b"PK\x03\x04":
         raise CheckpointError(
-            "is no checkpoint in PyTorch's format (since 1.6)", where=path, fix=f"{_AGAIN}, or save it anew with torch"
+            "is no checkpoint in PyTorch's format (since 1.6)", where=path, fix=f"{_AGAIN}, or save it again with torch"
         )
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -1,8 +1,8 @@
 """ChatGLM2's tokenizer as an ordinary Hugging Face fast tokenizer, built from its SentencePiece model.
 
-The original is a slow class of remote code. What it does: byte-pair encoding with byte fallback, a space before the
-text, `[gMASK] sop` before a single text, control ids after the n pieces, padding on the left. The folder written by
-`save_pretrained` holds `tokenizer.json` and is read by plain `AutoTokenizer`, with the same ids and no code of ours.
+The original is a slow class of remote code: byte-pair encoding with byte fallback, a space before the text,
+`[gMASK] sop` before a single text, control ids after the n pieces, padding on the left. The folder that
+`save_pretrained` writes is read by plain `AutoTokenizer`, with the same ids and no code of ours.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ CHAT_TEMPLATE = (
 
 
 def train_pieces(texts: Iterable[str], vocab_size: int, coverage: float = 1.0) -> bytes:
-    """A SentencePiece BPE model in ChatGLM2's manner: byte fallback, text kept exactly as it is, digits apart.
+    """A SentencePiece BPE model like ChatGLM2's: byte fallback, no normalisation, every digit a piece of its own.
 
     Args:
-        texts: the training text, in lines; white space counts.
-        vocab_size: pieces at most, the 256 bytes included; the control ids come on top.
-        coverage: share of the characters that get a piece of their own; the rarest others are left to bytes.
+        texts: lines of the training text; white space counts.
+        vocab_size: pieces at most, the 256 bytes included, the control ids not.
+        coverage: share of the characters that get a piece of their own; the rarest others become bytes.
 
     Returns:
         the contents of a `tokenizer.model` file.
@@ -65,8 +65,8 @@ def train_pieces(texts: Iterable[str], vocab_size: int, coverage: float = 1.0) -
 def chatglm2_tokenizer(model: Path | bytes) -> PreTrainedTokenizerFast:
     """The fast tokenizer that gives the ids of ChatGLM2's original class.
 
-    Control strings and `<unk>`, `<s>`, `</s>` typed by a user are text: `split_special_tokens` keeps them so, also
-    after loading, and the control ids enter through the post-processor alone.
+    Control strings and `<unk>`, `<s>`, `</s>` typed by a user stay text (`split_special_tokens`, also after loading);
+    only the post-processor adds control ids.
 
     Args:
         model: a `tokenizer.model` file or its contents.
@@ -84,7 +84,7 @@ def chatglm2_tokenizer(model: Path | bytes) -> PreTrainedTokenizerFast:
     size = pieces.get_piece_size()
     if (pieces.unk_id(), pieces.bos_id(), pieces.eos_id()) != (0, 1, 2):
         raise CheckpointError("its ids of <unk>, <s>, </s> are not 0, 1, 2 as in ChatGLM2", where=where)
-    # Black-box checks: they need no protobuf package, and ask for the behaviour instead of the declaration.
+    # The behaviour is checked, not the declaration, which would need the protobuf package.
     if pieces.encode("\x01") == [0] or not any(pieces.is_byte(i) for i in range(size)):
         raise CheckpointError("has no byte fallback, so unknown characters would be lost", where=where)
     if pieces.normalize(" ａ  ﬁ ") != "▁▁ａ▁▁ﬁ▁":
@@ -94,8 +94,8 @@ def chatglm2_tokenizer(model: Path | bytes) -> PreTrainedTokenizerFast:
     vocab = {word: i for i, word in enumerate(words)}
     whole = [i for i in range(size) if not (pieces.is_byte(i) or pieces.is_control(i) or pieces.is_unknown(i))]
     plain = {words[i] for i in whole}
-    # SentencePiece merges whichever pair makes the piece with the best score. So every split of a piece is a merge,
-    # and all rank by the score of what they make; equal scores by id.
+    # SentencePiece merges the pair that makes the piece with the best score. So every split of a piece into two pieces
+    # is a merge, ranked by the score of the piece; equal scores by id.
     merges = [
         (word[:cut], word[cut:])
         for _, _, word in sorted((-pieces.get_score(i), i, words[i]) for i in whole)

@@ -2,7 +2,7 @@
 
 The network is BLIP-2's under other names, in one of two layouts: the hub's repository (`config.json`, names
 `image_encoder.…`) or SwissArmyTransformer's folder (`model_config.json`, `latest`, names `mixins.eva.model.…`). The
-language model that both also hold is left out. Source of names and options: github.com/THUDM/VisualGLM-6B
+language model, which both also hold, is left out. Source of names and options: github.com/THUDM/VisualGLM-6B
 (model/visualglm.py, model/blip2.py, model_config.json) and github.com/THUDM/SwissArmyTransformer.
 """
 
@@ -26,7 +26,7 @@ PROJECTION = "glm_proj.safetensors"
 #: The ViT's last LayerNorm is a plain torch one in the original, outside `layernorm_epsilon`.
 _POST_EPSILON = 1e-5
 
-#: What the classes of BLIP-2 take for granted: options of the original that would make it another network.
+#: Options of the original, with the only values that the classes of BLIP-2 can represent.
 _FIXED: dict[str, dict[str, Any]] = {
     "vit": {"layernorm_order": "pre", "use_final_layernorm": False, "in_channels": 3, "pre_len": 1, "post_len": 0},
     "qformer": {"layernorm_order": "post"},
@@ -45,7 +45,7 @@ class _Layout:
     Attributes:
         config: name of the file that describes the networks; `vit` and `qformer` are its keys.
         prefix: of the image encoder's tensors.
-        language: prefixes of what else the checkpoint holds.
+        language: prefixes of all other tensors: those of the language model.
     """
 
     config: str
@@ -61,12 +61,12 @@ _SAT = _Layout("model_config.json", "eva_args", "qformer_args", "mixins.eva.mode
 
 @dataclass(frozen=True)
 class Converted:
-    """What came of a conversion.
+    """What `convert_visualglm` wrote.
 
     Attributes:
         written: size of the encoder.
         projection: shape of `glm_proj`'s weight, [H, q].
-        left_out: tensors of the language model that were not converted, by the beginning of their names.
+        left_out: how many tensors of the language model were not converted, by the beginning of their names.
     """
 
     written: Written
@@ -144,7 +144,7 @@ def renaming(
 ) -> dict[str, tuple[str, ...]]:
     """Original name -> native names, of which the tensor's rows are equal parts.
 
-    A post-norm layer of the original begins with the norm that ends the layer before in BLIP-2's.
+    A post-norm layer of the original begins with the norm that in BLIP-2 ends the layer before.
     """
     vit, former = f"{prefix}vit.transformer.", f"{prefix}qformer.transformer."
     table: dict[str, tuple[str, ...]] = {
@@ -219,14 +219,14 @@ def _shape(config: Mapping[str, Any], layout: _Layout, where: Path) -> VisionSha
         for name, value in fixed.items():
             if part.get(name) != value:
                 raise CheckpointError(
-                    f"{key}.{name} is {_told(part, name)}, not {value!r}: BLIP-2's classes cannot hold this network",
+                    f"{key}.{name} is {_shown(part, name)}, not {value!r}: BLIP-2's classes cannot hold this network",
                     where=where,
                     fix=_AGAIN,
                 )
     sides = vit.get("image_size")
     if not isinstance(sides, list) or len(sides) != 2 or sides[0] != sides[1]:
         raise CheckpointError(
-            f"{layout.vit}.image_size is {_told(vit, 'image_size')}, not two equal sides", where=where, fix=_AGAIN
+            f"{layout.vit}.image_size is {_shown(vit, 'image_size')}, not two equal sides", where=where, fix=_AGAIN
         )
     vision = {
         **_sizes(vit, layout.vit, where),
@@ -246,11 +246,13 @@ def _shape(config: Mapping[str, Any], layout: _Layout, where: Path) -> VisionSha
 def _sizes(part: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
     """The fields that ViT and Q-Former share."""
     hidden = _count(part, "hidden_size", key, where)
-    # SwissArmyTransformer's own default; the published configuration of the Q-Former relies on it.
+    # The default of SwissArmyTransformer, on which the published configuration of the Q-Former relies.
     inner = 4 * hidden if part.get("inner_hidden_size") is None else _count(part, "inner_hidden_size", key, where)
     epsilon = part.get("layernorm_epsilon")
     if not isinstance(epsilon, float) or epsilon <= 0:
-        raise CheckpointError(f"{key}.layernorm_epsilon is {_told(part, 'layernorm_epsilon')}", where=where, fix=_AGAIN)
+        raise CheckpointError(
+            f"{key}.layernorm_epsilon is {_shown(part, 'layernorm_epsilon')}", where=where, fix=_AGAIN
+        )
     return {
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -265,11 +267,11 @@ def _count(part: Mapping[str, Any], name: str, key: str | None, where: Path) -> 
     value = part.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         full = f"{key}.{name}" if key else name
-        raise CheckpointError(f"{full} is {_told(part, name)}, not a positive number", where=where, fix=_AGAIN)
+        raise CheckpointError(f"{full} is {_shown(part, name)}, not a positive number", where=where, fix=_AGAIN)
     return value
 
 
-def _told(part: Mapping[str, Any], name: str) -> str:
+def _shown(part: Mapping[str, Any], name: str) -> str:
     return repr(part[name]) if name in part else "missing"
 
 
@@ -279,7 +281,7 @@ def _frequency(former: Mapping[str, Any], layers: int, key: str, where: Path) ->
     cross = [given] * layers if isinstance(given, bool) else given
     if not isinstance(cross, list) or len(cross) != layers or not all(isinstance(x, bool) for x in cross):
         raise CheckpointError(
-            f"{key}.is_decoder is {_told(former, 'is_decoder')}, not true or false for each of {layers} layers",
+            f"{key}.is_decoder is {_shown(former, 'is_decoder')}, not true or false for each of {layers} layers",
             where=where,
             fix=_AGAIN,
         )
@@ -303,9 +305,9 @@ def _sat_file(source: Path) -> Path:
     folder = source / latest.read_text(encoding="utf-8").strip()
     ranks = sorted(folder.glob("mp_rank_*_model_states.pt"))
     if len(ranks) != 1:
-        told = "no mp_rank_00_model_states.pt" if not ranks else f"the parts of {len(ranks)} model-parallel ranks"
+        content = "no mp_rank_00_model_states.pt" if not ranks else f"the parts of {len(ranks)} model-parallel ranks"
         raise CheckpointError(
-            f"holds {told}", where=folder, fix="give a checkpoint of model parallel size 1, as it was published"
+            f"holds {content}", where=folder, fix="give a checkpoint of model parallel size 1, as it was published"
         )
     return ranks[0]
 

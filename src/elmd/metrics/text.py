@@ -42,7 +42,7 @@ MEANING: dict[str, str] = {
     "distinct2_char": "Distinct-2: the same for character pairs within a hypothesis",
     "length_char": "mean length in characters without white space",
     "empty_rate": "share of hypotheses without a character",
-    "repeat4_char": "mean share of a hypothesis's character 4-grams that it has said before",
+    "repeat4_char": "mean share of a hypothesis's character 4-grams that occur earlier in it",
     "copy_rate": "share of hypotheses equal to the demonstration r'",
     "copy4_char": "mean share of a hypothesis's character 4-grams that occur in r'",
 }
@@ -50,7 +50,7 @@ MEANING: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric on n pairs, kept as sums so that resampled corpora cost one matrix product.
+    """One metric on n pairs, kept as sums, so that the scores of resampled corpora cost one matrix product.
 
     Attributes:
         statistics: [n, S], what each pair adds to the corpus totals.
@@ -145,10 +145,10 @@ PROTOCOLS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, Metric]]
 
 
 def surface(hypotheses: Sequence[str], demonstrations: Sequence[str | None] | None = None) -> dict[str, float | None]:
-    """What hypotheses look like, whatever the references say. Shares are fractions in [0, 1], not × 100.
+    """Properties of hypotheses, without references. Shares are fractions in [0, 1], not × 100.
 
     Distinct-n is Li et al. (2016), over the corpus. `repeat4_char` is seq-rep-4 of Welleck et al. (2020) on
-    characters, 0 for hypotheses shorter than four. The copy rates run over the samples that have a demonstration;
+    characters, 0 for hypotheses shorter than four. The copy rates are over the samples that have a demonstration;
     they are None where no sample has one. An empty hypothesis copies nothing.
     """
     tokens = [characters(h) for h in hypotheses]
@@ -170,7 +170,7 @@ def meteor(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
     """METEOR of two token lists (Banerjee and Lavie 2005, nltk's parameters), in [0, 1].
 
     nltk asks WordNet for synonyms and raises LookupError where its data is not installed. English WordNet has none
-    for Chinese tokens, so an empty one stands in: the same score but for Latin words.
+    for Chinese tokens, so an empty one takes its place: the same score except for Latin words.
     """
     from nltk.translate.meteor_score import single_meteor_score
 
@@ -179,12 +179,12 @@ def meteor(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
 
 def signatures() -> dict[str, str]:
     """sacrebleu's signature of each of its metrics, with the n-gram order that it leaves out."""
-    found = {}
+    result = {}
     for name, metric in _sacrebleu_metrics().items():
         metric.corpus_score(["一"], [["一"]])  # the number of references enters the signature here
         order = f"|order:{metric.max_ngram_order}" if name.startswith("bleu") else ""  # chrF's signature has it as nc
-        found[name] = f"{metric.get_signature()}{order}"
-    return found
+        result[name] = f"{metric.get_signature()}{order}"
+    return result
 
 
 def versions() -> dict[str, str]:
@@ -231,9 +231,9 @@ def _nltk_bleu_statistics(pairs: Sequence[tuple[list[str], list[str]]]) -> np.nd
     for row, (hypothesis, reference) in zip(rows, pairs, strict=True):
         row[:2] = len(hypothesis), len(reference)
         for n in range(1, ORDER + 1):
-            found = Counter(_ngrams(hypothesis, n))
-            row[1 + n] = (found & Counter(_ngrams(reference, n))).total()
-            row[1 + ORDER + n] = max(1, found.total())
+            grams = Counter(_ngrams(hypothesis, n))
+            row[1 + n] = (grams & Counter(_ngrams(reference, n))).total()
+            row[1 + ORDER + n] = max(1, grams.total())
     return rows
 
 
@@ -249,7 +249,7 @@ def _unsmoothed_bleu(sums: np.ndarray, order: int) -> np.ndarray:
 def _rouge(
     pairs: Sequence[tuple[list[str], list[str]]], names: tuple[str, ...], clipped: bool
 ) -> dict[str, list[float]]:
-    """F of each ROUGE by name. rouge_chinese wants tokens joined by blanks and raises where a side is empty."""
+    """F of each ROUGE by name. rouge_chinese wants tokens joined by spaces and raises where a side is empty."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its source has invalid escapes, reported when it is first compiled
         from rouge_chinese import Rouge
@@ -257,16 +257,16 @@ def _rouge(
     rouge = Rouge(metrics=list(names), stats=["f"], exclusive=not clipped)
     scores: dict[str, list[float]] = {name: [] for name in names}
     for hypothesis, reference in pairs:
-        found = rouge.get_scores(" ".join(hypothesis), " ".join(reference))[0] if hypothesis and reference else None
+        result = rouge.get_scores(" ".join(hypothesis), " ".join(reference))[0] if hypothesis and reference else None
         for name in names:
-            scores[name].append(found[name]["f"] if found else 0.0)
+            scores[name].append(result[name]["f"] if result else 0.0)
     return scores
 
 
 def _sacrebleu_metrics() -> dict[str, Any]:
     from sacrebleu.metrics import BLEU, CHRF
 
-    # force: no advice on tokenised input, which Chinese text with blanks before full stops would set off
+    # force: no warning about tokenised input, which Chinese text with spaces before full stops would cause
     return {
         "bleu2_zh": BLEU(tokenize="zh", max_ngram_order=2, force=True),
         "bleu4_zh": BLEU(tokenize="zh", max_ngram_order=4, force=True),
@@ -295,8 +295,8 @@ def _sacrebleu_tokenizer() -> Callable[[str], str]:
 def _jieba() -> Any:
     """A jieba tokenizer with its dictionary read straight from the package, in about a second.
 
-    jieba's own start-up logs to standard error and loads a marshalled cache from a fixed name in the shared
-    temporary folder, where anybody may have put one.
+    jieba's own start-up logs to standard error and loads a marshalled cache by a fixed name from the shared temporary
+    folder, where anybody may have put it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes, and pkg_resources

@@ -39,7 +39,7 @@ def reads(cfg: Config) -> Inputs:
 def run(cfg: Config, job: Job) -> Outcome:
     """Every rank reads and counts, so that all of them stop at the same error; rank 0 writes."""
     data = cfg.data
-    found = prepare(
+    prepared = prepare(
         read(cfg, job),
         split=data.split.value,
         seed=0 if data.split is SplitRule.official else data.split_seed,
@@ -47,12 +47,12 @@ def run(cfg: Config, job: Job) -> Outcome:
         on_missing_clip=data.on_missing_clip.value,
         background=load_background(Path(data.background)) if data.background else None,
     )
-    report = audit(found.samples)
+    report = audit(prepared.samples)
     if job.accelerator.is_main_process:
-        save_samples(job.folder / SAMPLES, found.samples)
+        save_samples(job.folder / SAMPLES, prepared.samples)
         write_json(job.folder / AUDIT, report)
-    show(found.counts, report)
-    return Outcome(counts=found.counts)
+    show(prepared.counts, report)
+    return Outcome(counts=prepared.counts)
 
 
 def read(cfg: Config, job: Job) -> Source:
