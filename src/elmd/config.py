@@ -34,13 +34,6 @@ class StageName(Enum):  # no StrEnum: `index` is a method of strings
     all = "all"
 
 
-class Reader(StrEnum):
-    tiny = "tiny"
-    m3ed = "m3ed"
-    cped = "cped"
-    jsonl = "jsonl"
-
-
 class SplitRule(StrEnum):
     paper = "paper"
     dialogue = "dialogue"
@@ -157,7 +150,7 @@ class WorldConfig:
 @dataclass
 class DataConfig:
     name: str = setting(MISSING, packed=True)
-    reader: Reader = setting(MISSING, packed=True)
+    reader: str = setting(MISSING, packed=True)  # a name in elmd.data.readers.DATASETS
     path: str | None = setting(
         None, place=True
     )  # CPED: a csv file; M3ED: the folder with annotation.json; JSONL: a file

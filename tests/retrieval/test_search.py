@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elmd.config import Config, DataConfig, Reader, RetrieverConfig, Search
+from elmd.config import Config, DataConfig, RetrieverConfig, Search
 from elmd.errors import ConfigError, DataError
 from elmd.labels import Emotion
 from elmd.retrieval import search as module
@@ -207,7 +207,7 @@ def test_recall_is_the_share_of_what_is_as_near_as_the_kth(faiss: Any) -> None:
 
 def test_only_a_search_that_was_chosen_is_in_the_fingerprint(tmp_path: Path) -> None:
     cfg = Config(
-        data=DataConfig(name="t", reader=Reader.jsonl, path="x"),
+        data=DataConfig(name="t", reader="jsonl", path="x"),
         retriever=RetrieverConfig(name="t", path=str(tmp_path)),
     )
     assert "retriever.search" not in index_stage.reads(cfg).counted(cfg)

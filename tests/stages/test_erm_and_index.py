@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 
-from elmd.config import Config, DataConfig, ErmConfig, Key, Reader, RetrieverConfig
+from elmd.config import Config, DataConfig, ErmConfig, Key, RetrieverConfig
 from elmd.data.samples import save_samples
 from elmd.engine.stage import Job, Outcome
 from elmd.errors import DataError
@@ -35,7 +35,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(bert: Path, **erm: Any) -> Config:
     key = Key.e_u if erm.get("separation_weight") == 0 else Key.E_s
     return Config(
-        data=DataConfig(name="test", reader=Reader.jsonl, path="x"),
+        data=DataConfig(name="test", reader="jsonl", path="x"),
         retriever=RetrieverConfig(name="test", path=str(bert), key=key),
         erm=ErmConfig(**{"epochs": 6, "batch_size": 12, "lr": 5e-3, "slots": 2} | erm),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dialogues import line, write_cped, write_jsonl, write_m3ed
-from elmd.config import Config, DataConfig, OnMissingClip, Reader, SplitRule
+from elmd.config import Config, DataConfig, OnMissingClip, SplitRule
 from elmd.data.audit import audit
 from elmd.data.samples import load_samples
 from elmd.engine.stage import Job
@@ -36,7 +36,7 @@ def talks(path: Path, n: int = 30, **more: Any) -> Path:
 def test_the_stage_writes_samples_and_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    cfg = config(reader=Reader.jsonl, path=str(talks(tmp_path / "d.jsonl")))
+    cfg = config(reader="jsonl", path=str(talks(tmp_path / "d.jsonl")))
     outcome = stage.run(cfg, job(out))
     assert sorted(file.name for file in out.iterdir()) == ["audit.json", "samples.jsonl"]
     assert Counter(s.split for s in load_samples(out / "samples.jsonl")) == outcome.counts["samples"]
@@ -52,7 +52,7 @@ def test_the_stage_reads_the_tiny_world_from_bootstrap(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     records = [{"id": s, "split": s, "utterances": [line("甲", "你好"), line("乙", "好")]} for s in SPLITS]
     write_jsonl(tmp_path / "world" / "dialogues.jsonl", *records)
-    cfg = config(reader=Reader.tiny, split=SplitRule.official)
+    cfg = config(reader="tiny", split=SplitRule.official)
     assert stage.reads(cfg).upstream == ("bootstrap/world",)
     assert not stage.reads(cfg).files
     counts = stage.run(cfg, job(tmp_path / "out", {"bootstrap/world": tmp_path / "world"})).counts
@@ -62,24 +62,24 @@ def test_the_stage_reads_the_tiny_world_from_bootstrap(tmp_path: Path) -> None:
 def test_depends_on_contents_and_not_on_places(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
-    first, second = (config(reader=Reader.jsonl, path=str(talks(tmp_path / name / "d.jsonl"))) for name in "ab")
+    first, second = (config(reader="jsonl", path=str(talks(tmp_path / name / "d.jsonl"))) for name in "ab")
     assert stage.reads(first).counted(first) == stage.reads(second).counted(second)
     assert "seed" not in stage.reads(first).keys
     assert set(stage.reads(first).files) == {"data"}
-    official = config(reader=Reader.jsonl, path=first.data.path, split=SplitRule.official, split_seed=5)
+    official = config(reader="jsonl", path=first.data.path, split=SplitRule.official, split_seed=5)
     assert "data.split_seed" not in stage.reads(official).counted(official)
     for changed in ({"split_seed": 1}, {"filters": ["two_speakers"]}, {"on_missing_clip": OnMissingClip.drop}):
-        other = config(reader=Reader.jsonl, path=first.data.path, **changed)
+        other = config(reader="jsonl", path=first.data.path, **changed)
         assert stage.reads(other).counted(other) != stage.reads(first).counted(first), changed
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "video_root"])
 def test_a_clip_that_appears_makes_another_artifact(tmp_path: Path, kind: str) -> None:
     if kind == "jsonl":
-        cfg = config(reader=Reader.jsonl, path=str(talks(tmp_path / "d.jsonl", clip="1.mp4")))
+        cfg = config(reader="jsonl", path=str(talks(tmp_path / "d.jsonl", clip="1.mp4")))
     else:
         file = write_cped(tmp_path / "c.csv", [("1", "1_0", "1_0_0", "甲", "happy", "好")])
-        cfg = config(reader=Reader.cped, path=str(file), video_root=str(tmp_path), video_template="{utterance}.mp4")
+        cfg = config(reader="cped", path=str(file), video_root=str(tmp_path), video_template="{utterance}.mp4")
     before = stage.reads(cfg).counted(cfg)
     assert stage.reads(cfg).counted(cfg) == before
     (tmp_path / "1.mp4").write_bytes(b"x")
@@ -88,4 +88,4 @@ def test_a_clip_that_appears_makes_another_artifact(tmp_path: Path, kind: str) -
 
 def test_m3ed_depends_on_its_annotation_and_not_on_videos_beside_it(tmp_path: Path) -> None:
     folder = write_m3ed(tmp_path / "m", {"S_1": {"S_1_1": {}}}, train=["S"])
-    assert set(stage.reads(config(reader=Reader.m3ed, path=str(folder))).files) == {"annotation.json", "splitInfo"}
+    assert set(stage.reads(config(reader="m3ed", path=str(folder))).files) == {"annotation.json", "splitInfo"}

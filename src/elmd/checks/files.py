@@ -7,7 +7,8 @@ from pathlib import Path
 
 from elmd.checks.base import Check, Inspection, Seen, in_hub_cache, object_in
 from elmd.checks.rules import DOWNLOADS, how_to_get
-from elmd.config import BOOTSTRAP, BaselineName, OnMissingClip, Reader, VisionKind
+from elmd.config import BOOTSTRAP, BaselineName, OnMissingClip, VisionKind
+from elmd.data.readers import dataset
 from elmd.engine.hub import is_hub_id
 from elmd.errors import CheckpointError, ConfigError, DataError, reason
 
@@ -21,11 +22,11 @@ _ENCODER = ("vision_model.", "qformer.", "query_tokens")
 # --------------------------------------------------------------------------------------------------------------- data
 def data(of: Inspection) -> Seen:
     """The data set's file or folder."""
-    cfg = of.cfg.data
-    if cfg.reader is Reader.tiny:
-        return Seen("the tiny world", "made by stage=bootstrap")
+    cfg, kind = of.cfg.data, dataset(of.cfg.data.reader)
+    if kind.upstream:
+        return Seen(cfg.name, f"made by {kind.upstream}")
     path = Path(cfg.path or "")
-    source = path / "annotation.json" if cfg.reader is Reader.m3ed and not path.is_file() else path
+    source = path / kind.files[0] if kind.files and path.is_dir() else path
     if not source.exists():
         raise DataError("not there", where=source, fix=DOWNLOADS.get(cfg.name, "correct data.path"))
     return Seen(f"{cfg.name}: {source}")
@@ -61,8 +62,8 @@ def videos(of: Inspection) -> Seen:
 
 
 def _names_videos(of: Inspection) -> bool:
-    reads = of.cfg.data.reader in (Reader.m3ed, Reader.cped)
-    return reads and (of.cfg.sees_video or of.cfg.data.video_root is not None)
+    below_root = dataset(of.cfg.data.reader).media is None
+    return below_root and (of.cfg.sees_video or of.cfg.data.video_root is not None)
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints

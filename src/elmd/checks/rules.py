@@ -12,11 +12,11 @@ from elmd.config import (
     BootstrapText,
     Config,
     Key,
-    Reader,
     Sampling,
     StageName,
     VisionKind,
 )
+from elmd.data.readers import dataset
 from elmd.dtypes import check_dtype
 from elmd.errors import ConfigError
 
@@ -66,13 +66,13 @@ def vision_dtype(cfg: Config) -> None:
 
 
 def data_path(cfg: Config) -> None:
-    if cfg.data.reader is not Reader.tiny and cfg.data.path is None:
+    if dataset(cfg.data.reader).upstream is None and cfg.data.path is None:
         fix = DOWNLOADS.get(cfg.data.name, "give it: data.path=/path/to/the/data")
         raise ConfigError(f"data={cfg.data.name} has no source", where="data.path", fix=fix)
 
 
 def bootstrap_text(cfg: Config) -> None:
-    if cfg.bootstrap.text is BootstrapText.data and cfg.data.reader is Reader.tiny:
+    if cfg.bootstrap.text is BootstrapText.data and dataset(cfg.data.reader).upstream:
         raise ConfigError(
             "bootstrap.text=data needs a data set of its own, and data=tiny is drawn from the tiny world",
             where="bootstrap.text",
