@@ -1,4 +1,4 @@
-"""The errors a user can cause or mend. Anything else that is raised is a bug in ELMD."""
+"""The errors a user can cause and correct. Anything else that is raised is a bug in ELMD."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ArtifactError(ElmdError):
 
 
 class TrainingError(ElmdError):
-    """Training cannot go on: a loss that is not finite, a rank that died, an impossible batch."""
+    """Training cannot continue: a loss that is not finite, a rank that died, an impossible batch."""
 
 
 def reason(error: BaseException) -> str:

@@ -191,7 +191,7 @@ sys.exit(code)
 
 
 class Fake:
-    """Jobs that do as they are told, and what they noted."""
+    """Jobs that do as `act` says, and what they noted."""
 
     def __init__(
         self, folder: Path, names: str, act: Callable[[str, str], str] = lambda name, module: "time.sleep(0.05)"
