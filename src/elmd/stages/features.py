@@ -102,8 +102,7 @@ def clip_encoder(vision: VisionConfig, weights: Path, device: torch.device) -> C
     kind = ResNetEncoder if vision.kind is VisionKind.resnet else VisionEncoder
     return ClipEncoder(
         encoder=kind.load(weights, pick_dtype(vision.dtype, device, "vision.dtype"), device), weights=weights,
-        frames=vision.frames,
-        sampling=vision.sampling.value, decoder=vision.decoder.value, workers=vision.workers,
+        frames=vision.frames, sampling=vision.sampling.value, decoder=vision.decoder.value, workers=vision.workers,
         timeout_s=vision.timeout_s, batch_frames=vision.batch_frames,
     )  # fmt: skip
 
@@ -122,7 +121,7 @@ def make_shards(maker: FeatureMaker, plan: Plan, todo: list[str], job: Job) -> d
         else:
             shards.add(key, result)
     shards.flush()
-    return dict(gather_object(list(failed.items())))  # fails where a rank died: nobody waits for it
+    return dict(gather_object(list(failed.items())))  # an error where a rank died
 
 
 def lost_clips(plan: Plan, failed: dict[str, str]) -> list[dict[str, Any]]:
@@ -131,12 +130,11 @@ def lost_clips(plan: Plan, failed: dict[str, str]) -> list[dict[str, Any]]:
     for sample, key in plan.keys.items():
         if key in users:
             users[key].append(sample)
-    lost = []
-    for key, samples in sorted(users.items()):
-        clip = plan.sources[key]
-        row = {"clip": clip.path, "start": clip.start, "end": clip.end}
-        lost.append({**row, "error": failed[key], "samples": samples})
-    return lost
+    clips = [(key, plan.sources[key]) for key in sorted(failed)]
+    return [
+        {"clip": clip.path, "start": clip.start, "end": clip.end, "error": failed[key], "samples": users[key]}
+        for key, clip in clips
+    ]
 
 
 def report(
@@ -154,12 +152,8 @@ def report(
         "clips_kept_from_before": kept_before,
         "clips_failed": len(lost),
     }
-    metrics = {
-        "tokens": index["tokens"],
-        "width": index["width"],
-        "seconds": seconds,
-        "clips_per_second": made / seconds,
-    }
+    sizes = {"tokens": index["tokens"], "width": index["width"]}
+    metrics = {**sizes, "seconds": seconds, "clips_per_second": made / seconds}
     table("Features", ("", "value"), [(k.replace("_", " "), v) for k, v in {**counts, **metrics}.items()])
     if lost:
         logger.warning(
