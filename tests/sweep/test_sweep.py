@@ -257,7 +257,9 @@ def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("slots", [[(), (), ()], [("0",), ("1",)], [("0", "1"), ("4", "5")], [()]])
 def test_slots_are_respected_and_gpus_are_never_shared(slots: list[tuple[str, ...]], tmp_path: Path) -> None:
-    fake = Fake(tmp_path, "abcdef")
+    # However slow the machine, the first jobs end only when every slot has one.
+    wait = f"while open(notes).read().count(' begin ') < {len(slots)}: time.sleep(0.01)"
+    fake = Fake(tmp_path, "abcdef", lambda name, module: wait)
     fake.sweep(slots).run()
     at_work: dict[str, str] = {}
     most, used = 0, set()
