@@ -17,7 +17,7 @@ from benchmarks.forks import train, write_llm
 from benchmarks.harness import Case, Way
 from elmd.engine.store import CHECKPOINTS
 
-BATCH = 8  # samples of a step of tests/fit_script.py
+BATCH = 8  # samples of a step of fit_script.py
 
 
 class Run:

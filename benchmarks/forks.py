@@ -1,4 +1,4 @@
-"""`tests/fit_script.py` in processes of its own: ELMD's loop on a tiny model, which can kill itself and counts bytes.
+"""`fit_script.py` in processes of its own: ELMD's loop on a tiny model, which can kill itself and counts bytes.
 
 Processes are forked, so that none pays for loading libraries: `python -m benchmarks startup` shows what that costs.
 """
@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-SCRIPT = Path(__file__).parents[1] / "tests" / "fit_script.py"
+from benchmarks import tiny
+
+SCRIPT = Path(__file__).with_name("fit_script.py")
 
 #: What the script loads; a forked process has what its parent had.
-LIBRARIES = ("conftest", "elmd.stages.eerg", "matplotlib.pyplot", "torch.utils.tensorboard")
+LIBRARIES = ("elmd.stages.eerg", "matplotlib.pyplot", "torch.utils.tensorboard")
 
 
 def forked(work: Callable[[], object], log: Path, **environment: str) -> Callable[[], int]:
@@ -43,6 +45,8 @@ def forked(work: Callable[[], object], log: Path, **environment: str) -> Callabl
         AcceleratorState._reset_state(reset_partial_state=True)  # the child may be one of several, its parent was not
         work()
         code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -51,14 +55,17 @@ def forked(work: Callable[[], object], log: Path, **environment: str) -> Callabl
     raise AssertionError
 
 
-def write_llm(folder: Path, layers: int = 2) -> Path:
-    """The tiny language model of the tests; loads what `train` needs."""
-    if str(SCRIPT.parent) not in sys.path:
-        sys.path.append(str(SCRIPT.parent))
+def load() -> None:
+    """Load what `train` needs, so that its processes have it already."""
     for name in LIBRARIES:
         importlib.import_module(name)
+
+
+def write_llm(folder: Path, layers: int = 2) -> Path:
+    """See `tiny.write_llm`; loads what `train` needs."""
+    load()
     log = folder.with_suffix(".log")
-    assert forked(lambda: sys.modules["conftest"].write_llm(folder, layers), log)() == 0, log.read_text()
+    assert forked(lambda: tiny.write_llm(folder, layers), log)() == 0, log.read_text()
     return folder
 
 

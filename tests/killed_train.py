@@ -1,6 +1,6 @@
 """`python -m elmd.train` that kills itself with SIGKILL at a chosen point; run by test_chain.py.
 
-python killed_train.py step:N|checkpoint:N|finish:1 OVERRIDES…
+KILL_AT=step:N|finish:1 python killed_train.py OVERRIDES…
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 
 from elmd.engine.store import Store
 from elmd.train import main
-from elmd.training import checkpoint, loop
+from elmd.training import loop
 
 what, at = os.environ["KILL_AT"].split(":")
 count = 0
@@ -31,21 +31,11 @@ if what == "step":
         reduce(*arguments)
 
     loop.reduce_gradients = reduce_or_die
-elif what == "finish":
+else:
 
     def die(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
     Store.finish = die
-else:
-    save = checkpoint.save_tensors
-
-    def save_or_die(path, values):
-        if path.name == "optimizer.safetensors" and die_on_call(int(at)):
-            path.write_bytes(b"half of it")
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(path, values)
-
-    checkpoint.save_tensors = save_or_die
 
 main()

@@ -147,35 +147,23 @@ def test_ablations_share_what_they_do_not_change(runs: Path, chain: dict[str, Pa
     assert sorted(told) == ["no_erm", "no_rep", "no_v"], "each job has a folder of its own"
 
 
-@pytest.mark.parametrize("stage", ["erm", "rep", "eerg"])
-def test_a_killed_stage_resumes_exactly(runs: Path, chain: dict[str, Path], stage: str, tmp_path: Path) -> None:
-    weights = "model/model.safetensors" if stage == "erm" else "projector.safetensors"
-    for point in ("step:5", "checkpoint:2"):
-        again = tmp_path / point.replace(":", "") / "runs"
-        shutil.copytree(runs, again, ignore=shutil.ignore_patterns(stage, "experiments"))
-        script = str(ROOT / "tests" / "killed_train.py")
-        run(again, f"stage={stage}", module=script, code=-9, kill_at=point)
-        partial = next((again / stage).glob("*.partial"))
-        assert len(list((partial / "checkpoints").glob("step-????????"))) == 1
-        done = run(again, f"stage={stage}")
-        assert "resuming from the checkpoint of step 3" in " ".join(done.stderr.split())
-        found = artifacts(done)[stage]
-        assert found.name == chain[stage].name
-        first, second = load_file(chain[stage] / weights), load_file(found / weights)
-        assert all((first[name] == second[name]).all() for name in first)
-
-
-@pytest.mark.parametrize("stage", ["erm", "rep", "eerg"])
-def test_a_stage_killed_at_its_very_end_resumes(runs: Path, chain: dict[str, Path], stage: str, tmp_path: Path) -> None:
-    again = tmp_path / "runs"
+@pytest.mark.parametrize(("stage", "weights"), [("erm", "model/model"), ("eerg", "projector")])
+def test_a_stage_killed_in_a_step_and_at_its_very_end_resumes_exactly(
+    runs: Path, chain: dict[str, Path], stage: str, weights: str, tmp_path: Path
+) -> None:
+    """All points where the loop may be killed: `tests/training/test_training.py`."""
+    again, script = tmp_path / "runs", str(ROOT / "tests" / "killed_train.py")
     shutil.copytree(runs, again, ignore=shutil.ignore_patterns(stage, "experiments"))
-    script = str(ROOT / "tests" / "killed_train.py")
-    run(again, f"stage={stage}", module=script, code=-9, kill_at="finish:1")
-    found = artifacts(run(again, f"stage={stage}"))[stage]
-    weights = "model/model.safetensors" if stage == "erm" else "projector.safetensors"
-    first, second = load_file(chain[stage] / weights), load_file(found / weights)
+    run(again, f"stage={stage}", module=script, code=-9, kill_at="step:5")
+    partial = next((again / stage).glob("*.partial"))
+    assert len(list((partial / "checkpoints").glob("step-????????"))) == 1
+    killed = run(again, f"stage={stage}", module=script, code=-9, kill_at="finish:1")
+    assert "resuming from the checkpoint of step 3" in " ".join(killed.stderr.split())
+    result = artifacts(run(again, f"stage={stage}"))[stage]
+    assert result.name == chain[stage].name
+    first, second = (load_file(folder / f"{weights}.safetensors") for folder in (chain[stage], result))
     assert all((first[name] == second[name]).all() for name in first)
-    assert not any((found / name).exists() for name in ("checkpoints", "best.safetensors"))
+    assert not any((result / name).exists() for name in ("checkpoints", "best.safetensors"))
 
 
 def test_a_missing_upstream_names_the_command(tmp_path: Path) -> None:

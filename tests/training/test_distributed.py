@@ -22,7 +22,7 @@ from elmd.engine.store import BEST
 from elmd.errors import CheckpointError
 from elmd.models.sharding import anywhere, in_step, shard, sharding
 
-SCRIPT = ROOT / "tests" / "fit_script.py"
+SCRIPT = ROOT / "benchmarks" / "fit_script.py"
 WAYS = ["ddp", "fsdp"]
 LAST = "checkpoints/step-00000006/model.safetensors"
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import ROOT
+from benchmarks import forks
 from elmd.engine.files import digest
 from elmd.engine.store import BEST, Store, read_manifest
 from elmd.errors import ArtifactError, CheckpointError, TrainingError
@@ -24,65 +22,67 @@ from elmd.training import checkpoint
 from elmd.training.loop import fit
 from elmd.training.plan import Plan
 
-SCRIPT = ROOT / "tests" / "fit_script.py"
+#: Where a run is stopped, and its exit code.
+STOPS = {"kill=step:2": -9, "kill=step:8": -9, "kill=checkpoint:1": -9, "kill=checkpoint:3": -9, "term=step:8": 143}
+
+#: Environments of `benchmarks/fit_script.py`.
+WAYS = {
+    "prefix and projector": {},
+    # REP's split, with an instruction long enough to be run once for all batches.
+    "projector, prompts with an opening": {"ADAPTER": "none", "LONG": "12", "BUDGET": "1200"},
+}
 
 
-def train(llm: Path, out: Path, steps: int, *more: str) -> int:
-    command = [sys.executable, str(SCRIPT), str(llm), str(out), str(steps), *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    if done.returncode > 0 and done.returncode != 143:
-        pytest.fail(done.stderr[-3000:])
-    return done.returncode
+class Runs:
+    """Runs of 12 steps that nothing disturbed, by way, each made once; processes are forked."""
+
+    def __init__(self, llm: Path, folder: Path):
+        forks.load()
+        self.llm, self.folder = llm, folder
+
+    def train(self, way: str, out: Path, *stop: str) -> int:
+        code = forks.train(self.llm, out, 12, *stop, **WAYS[way])
+        if code > 0 and code != 143:
+            pytest.fail(out.with_suffix(".0.log").read_text()[-3000:])
+        return code
+
+    def whole(self, way: str) -> Path:
+        out = self.folder / way
+        if not out.exists():
+            assert self.train(way, out) == 0
+        return out
 
 
 @pytest.fixture(scope="module")
-def whole(llm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps that nothing disturbed."""
-    out = tmp_path_factory.mktemp("whole")
-    assert train(llm_folder, out, 12) == 0
-    return out
+def runs(llm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(llm_folder, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> Path:
+    return runs.whole("prefix and projector")
 
 
 @pytest.mark.parametrize(
-    ("stop", "code"),
-    [
-        ("kill=step:8", -9),
-        pytest.param("kill=step:2", -9, marks=pytest.mark.slow),
-        pytest.param("kill=checkpoint:1", -9, marks=pytest.mark.slow),
-        pytest.param("kill=checkpoint:3", -9, marks=pytest.mark.slow),
-        ("term=step:8", 143),
-    ],
+    ("way", "stop"),
+    [*(("prefix and projector", stop) for stop in STOPS), ("projector, prompts with an opening", "kill=step:8")],
 )
-def test_resume_is_exact(llm_folder: Path, whole: Path, tmp_path: Path, stop: str, code: int) -> None:
-    assert train(llm_folder, tmp_path, 12, "1", stop) == code
-    kept = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-????????"))
-    assert len(kept) == (0 if stop in ("kill=step:2", "kill=checkpoint:1") else 1), "one whole checkpoint at most"
-    assert train(llm_folder, tmp_path, 12) == 0
-    assert (tmp_path / BEST).read_bytes() == (whole / BEST).read_bytes()
+def test_resume_is_exact(runs: Runs, tmp_path: Path, way: str, stop: str) -> None:
+    out, whole = tmp_path / "run", runs.whole(way)
+    assert runs.train(way, out, stop) == STOPS[stop]
+    left = list((out / "checkpoints").glob("step-????????"))
+    assert len(left) == (0 if stop in ("kill=step:2", "kill=checkpoint:1") else 1), "one whole checkpoint at most"
+    assert runs.train(way, out) == 0
+    assert (out / BEST).read_bytes() == (whole / BEST).read_bytes()
     for name in ("model", "optimizer"):
         last = f"checkpoints/step-00000012/{name}.safetensors"
-        assert (tmp_path / last).read_bytes() == (whole / last).read_bytes()
+        assert (out / last).read_bytes() == (whole / last).read_bytes()
 
     def lines(folder: Path) -> list[tuple]:
         entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         return [(e["step"], e.get("loss"), e.get("valid/loss")) for e in entries]
 
-    assert lines(tmp_path) == lines(whole)
-
-
-@pytest.mark.slow
-def test_resume_is_exact_where_prompts_begin_alike(
-    llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """REP's split, with an instruction long enough to be run once for all batches."""
-    for name, value in {"ADAPTER": "none", "LONG": "12", "BUDGET": "1200"}.items():
-        monkeypatch.setenv(name, value)
-    assert train(llm_folder, tmp_path / "whole", 12) == 0
-    assert train(llm_folder, tmp_path / "stopped", 12, "1", "kill=step:8") == -9
-    assert train(llm_folder, tmp_path / "stopped", 12) == 0
-    for name in ("model", "optimizer"):
-        last = f"checkpoints/step-00000012/{name}.safetensors"
-        assert (tmp_path / "stopped" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+    assert lines(out) == lines(whole)
 
 
 def test_the_loop_leaves_what_it_promises(whole: Path) -> None:

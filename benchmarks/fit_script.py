@@ -1,4 +1,4 @@
-"""Trains a tiny adapter and projector through the real loop; run by tests in processes of its own.
+"""Trains a tiny adapter and projector through the real loop; run by tests and benchmarks in processes of its own.
 
 python fit_script.py LLM_FOLDER OUT STEPS [WORLD] [kill=step:N | kill=checkpoint:N | kill=evaluation:N | term=step:N]
 
@@ -16,13 +16,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # where it is run by its path
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import make_demonstrations, make_samples
+from benchmarks.tiny import make_demonstrations, make_samples
 from elmd.cli import guard, leave
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples
