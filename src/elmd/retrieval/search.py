@@ -1,8 +1,8 @@
 """Nearest candidates by cosine: exactly, or approximately through FAISS.
 
 N candidates, Q queries, unit rows. A cosine is computed in double precision and rounded to fp32, which absorbs the
-rounding error of double: equal vectors tie, and how queries fall into blocks changes nothing. Of ties the candidate
-that stands first wins.
+rounding error of double: equal vectors tie, and how queries fall into blocks changes nothing (but for a cosine that
+lies within some 1e-15 of the middle between two fp32 numbers). Of ties the candidate that stands first wins.
 """
 
 from __future__ import annotations
