@@ -156,7 +156,7 @@ class DataConfig:
     )  # CPED: a csv file; M3ED: the folder with annotation.json; JSONL: a file
     split: SplitRule = setting(SplitRule.dialogue, packed=True)
     split_seed: int = setting(0, packed=True)
-    filters: list[str] = setting(list, packed=True)  # named filters of elmd.data.samples.FILTERS
+    filters: list[str] = setting(list, packed=True)  # named filters of elmd.data.pairs.FILTERS
     emotion_map: str | None = setting(None, place=True)  # csv label,emotion that overrides the reader's own table
     video_root: str | None = setting(None, place=True)
     video_template: str = setting("{show}/{dialogue}.mp4", when=lambda cfg: cfg.data.video_root is not None)
