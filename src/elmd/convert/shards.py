@@ -186,7 +186,7 @@ def building(folder: Path, size: int) -> Iterator[Path]:
     if free < size + SPARE:
         raise CheckpointError(
             f"the result takes {size / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left",
-            where=folder, fix="make room, or write to another disk",
+            where=folder, fix="make room, or write to another disk"
         )  # fmt: skip
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def _plan(
                     raise CheckpointError(
                         f"{original} becomes {name} of shape {list(result.shape)}, "
                         f"but by the configuration it is {list(wanted[name])}",
-                        where=file, fix="the weights belong to another configuration: check config.json",
+                        where=file, fix="the weights belong to another configuration: check config.json"
                     )  # fmt: skip
                 origin[name] = original
                 sizes[name] = result.numel() * result.element_size()
@@ -292,7 +292,7 @@ def _find(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
             return shards, None
     raise CheckpointError(
         "holds no weights (model.safetensors, pytorch_model.bin, or their shards)",
-        where=path, fix="give the folder of the downloaded checkpoint",
+        where=path, fix="give the folder of the downloaded checkpoint"
     )  # fmt: skip
 
 
@@ -324,7 +324,7 @@ def _open(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             "holds other objects than tensors, which loading would run as code",
-            where=path, fix="use a checkpoint in safetensors, or one of tensors only",
+            where=path, fix="use a checkpoint in safetensors, or one of tensors only"
         ) from error  # fmt: skip
     except (OSError, RuntimeError, EOFError) as error:
         raise _unreadable(path, error) from error

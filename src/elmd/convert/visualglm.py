@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from elmd.convert.shards import Source, Written, convert, read_json, refuse_taken
+from elmd.convert.shards import Source, Written, convert, read_json, refuse_taken, save
 from elmd.errors import CheckpointError
 from elmd.vision.encoder import VisionEncoder, VisionShape
 
@@ -101,8 +100,8 @@ def convert_visualglm(source: Path, folder: Path) -> Converted:
 
     def finish(partial: Path) -> None:
         shape.save(partial)
-        linear = {f"linear.{part}": _read(weights, name).contiguous() for part, name in projection.items()}
-        save_file(linear, partial / PROJECTION, metadata={"format": "pt"})
+        tensors = {name: tensor for _, shard in weights.shards() for name, tensor in shard.items()}
+        save({f"linear.{part}": tensors[name].contiguous() for part, name in projection.items()}, partial / PROJECTION)
 
     written = convert(
         weights,
@@ -348,8 +347,3 @@ def _projection(weights: Source, layout: _Layout, width: int) -> dict[str, str]:
             fix=_TOGETHER,
         )
     return names
-
-
-def _read(weights: Source, name: str) -> Tensor:
-    """One tensor of the checkpoint."""
-    return next(tensors[name] for _, tensors in weights.shards() if name in tensors)
