@@ -22,7 +22,7 @@ ROLES = {
 
 def config(name: str = "demo", seed: int = 0, **changes: Any) -> dict[str, Any]:
     """A resolved configuration with the keys that matter; changes as `erm__slots=2`."""
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "seed": seed, "experiment_name": name, "job": None, "threads": 0, "runs_dir": "runs",
         "data": {"name": "tiny", "reader": "tiny", "path": None, "split": "official"},
         "llm": {"name": "tiny", "path": "bootstrap"}, "vision": {"name": "tiny", "kind": "encoder", "frames": 4},
@@ -34,31 +34,31 @@ def config(name: str = "demo", seed: int = 0, **changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         group, _, rest = key.partition("__")
         if rest:
-            found[group][rest] = value
+            values[group][rest] = value
         else:
-            found[group] = value
-    return found
+            values[group] = value
+    return values
 
 
 def predictions(hypotheses: Sequence[str], references: Sequence[str], *, right: int | None = None) -> list[Prediction]:
     """One decoding; the first `right` emotions named are right, the rest wrong; None: none is named."""
     return [
         Prediction(
-            f"d{i}#1", said, reference, demonstration="好的。", gold_emotion=EMOTIONS[i % 7], seed=0,
+            f"d{i}#1", hypothesis, reference, demonstration="好的。", gold_emotion=EMOTIONS[i % 7], seed=0,
             predicted_emotion=None if right is None else EMOTIONS[(i + (i >= right)) % 7],
         )
-        for i, (said, reference) in enumerate(zip(hypotheses, references, strict=True))
+        for i, (hypothesis, reference) in enumerate(zip(hypotheses, references, strict=True))
     ]  # fmt: skip
 
 
 def job(
     folder: Path,
     config: Mapping[str, Any],
-    said: Sequence[Prediction] | None,
+    predicted: Sequence[Prediction] | None,
     stages: Mapping[str, Mapping[str, Any]] = {},
     axes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A job's folder with its artifacts beside the experiment's; without predictions where `said` is None.
+    """A job's folder with its artifacts beside the experiment's; without predictions where `predicted` is None.
 
     Args:
         axes: what the sweep sets for this job, beside the seed; None: no sweep's job.
@@ -77,6 +77,6 @@ def job(
         "axes": None if axes is None else {"seed": config["seed"], **axes},
     }  # fmt: skip
     (folder / "artifacts.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
-    if said is not None:
-        write_predictions(folder / "predictions.jsonl", said)
+    if predicted is not None:
+        write_predictions(folder / "predictions.jsonl", predicted)
     return folder

@@ -40,11 +40,13 @@ def texts(seed: int, share: float) -> tuple[list[str], list[str]]:
     words, rng = "今天真的好高兴啊你怎么了我也不知道", Random(0)
     references = ["".join(rng.choices(words, k=8)) for _ in range(N)]
     rng = Random(f"{seed} {share}")
-    said = ["".join(c if rng.random() < share else rng.choice(words) for c in reference) for reference in references]
-    return said, references
+    hypotheses = [
+        "".join(c if rng.random() < share else rng.choice(words) for c in reference) for reference in references
+    ]
+    return hypotheses, references
 
 
-def said(seed: int, share: float, right: int | None = 60) -> list[Prediction]:
+def answers(seed: int, share: float, right: int | None = 60) -> list[Prediction]:
     return predictions(*texts(seed, share), right=right)
 
 
@@ -54,11 +56,11 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     runs = tmp_path_factory.mktemp("runs")
     folder = runs / "experiments" / "demo"
     for seed in range(3):
-        job(folder / f"full,{seed}", config(seed=seed), said(seed, 0.6, 60 + seed))
-        job(folder / f"ssc,{seed}", config(seed=seed, ablation_name="no_ssc"), said(seed, 0.6, 60 + seed))
-        job(folder / f"erm,{seed}", config(seed=seed, ablation_name="no_erm"), said(seed, 0.2, None))
+        job(folder / f"full,{seed}", config(seed=seed), answers(seed, 0.6, 60 + seed))
+        job(folder / f"ssc,{seed}", config(seed=seed, ablation_name="no_ssc"), answers(seed, 0.6, 60 + seed))
+        job(folder / f"erm,{seed}", config(seed=seed, ablation_name="no_erm"), answers(seed, 0.2, None))
     job(folder / "v,0", config(seed=0, ablation_name="no_v"), None)
-    theirs = [Prediction(p.id, p.hypothesis, p.reference) for p in said(7, 0.9)]
+    theirs = [Prediction(p.id, p.hypothesis, p.reference) for p in answers(7, 0.9)]
     write_predictions(runs / "theirs.jsonl", theirs)
     return read_experiment(folder, {NASTY: runs / "theirs.jsonl"})
 
@@ -69,13 +71,13 @@ def comparison(experiment: Experiment) -> Comparison:
 
 
 def test_means_are_over_seeds_of_what_score_gives(comparison: Comparison) -> None:
-    values = [score(said(seed, 0.6, 60 + seed), ["paper"]) for seed in range(3)]
+    values = [score(answers(seed, 0.6, 60 + seed), ["paper"]) for seed in range(3)]
     row = comparison.row("ELMD")
     assert (row.kind, row.seeds, row.decodings) == ("system", [0, 1, 2], 1)
     assert [Path(folder).name for folder in row.folders] == ["full,0", "full,1", "full,2"]
     for group, metric in (("paper", "bleu2_char"), ("paper", "meteor_char"), ("emotion", "accuracy"),
                           ("emotion", "weighted_f1"), ("surface", "distinct1_char")):  # fmt: skip
-        ours = np.array([one[group][metric] for one in values])
+        ours = np.array([scores[group][metric] for scores in values])
         cell = row.cells[group][metric]
         assert cell.values == pytest.approx(ours.tolist())
         assert (cell.mean, cell.sd) == (pytest.approx(ours.mean()), pytest.approx(ours.std(ddof=1)))
@@ -85,7 +87,7 @@ def test_means_are_over_seeds_of_what_score_gives(comparison: Comparison) -> Non
 def test_intervals_resample_the_samples_with_all_their_seeds(comparison: Comparison) -> None:
     right = np.zeros(N)
     for seed in range(3):
-        right += [p.gold_emotion == p.predicted_emotion for p in said(seed, 0.6, 60 + seed)]
+        right += [p.gold_emotion == p.predicted_emotion for p in answers(seed, 0.6, 60 + seed)]
     drawn = np.random.default_rng(1).integers(0, N, (4000, N))
     low, high = np.percentile((right / 3)[drawn].mean(axis=1), [2.5, 97.5])
     cell = comparison.row("ELMD").cells["emotion"]["accuracy"]
@@ -143,34 +145,34 @@ def test_floors_are_rows_and_mark_what_does_not_beat_them(comparison: Comparison
 def test_a_floor_above_a_system_is_said(tmp_path: Path) -> None:
     hopeless = predictions(["嗯"] * N, ["好的。吧"] * N)  # their demonstration is nearly the reference
     job(tmp_path / "experiments" / "demo", config(), hopeless)
-    found = compare_systems(read_experiment(tmp_path / "experiments" / "demo"), "ELMD", ["paper"])
-    assert found.row("ELMD").cells["paper"]["rouge1_char"].floor == "floor: retrieval only"
-    assert any("ELMD does not beat floor: retrieval only in " in warning for warning in found.warnings)
-    columns, rows = score_table(found, "paper")
+    compared = compare_systems(read_experiment(tmp_path / "experiments" / "demo"), "ELMD", ["paper"])
+    assert compared.row("ELMD").cells["paper"]["rouge1_char"].floor == "floor: retrieval only"
+    assert any("ELMD does not beat floor: retrieval only in " in warning for warning in compared.warnings)
+    columns, rows = score_table(compared, "paper")
     assert str(rows[0][columns.index("rouge1_char")]).endswith("†")
 
 
 def test_few_samples_or_seeds_say_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "experiments" / "demo"
     for seed in range(3):
-        job(folder / f"a{seed}", config(seed=seed), said(seed, 0.6)[:90])
-        job(folder / f"b{seed}", config(seed=seed, ablation_name="no_erm"), said(seed, 0.1)[:90])
-    found = compare_systems(read_experiment(folder), "ELMD", ["paper"])
-    assert found.n == 90
-    assert {cell.verdict for cell in found.row("w/o ERM").cells["paper"].values()} == {TOO_FEW}
-    assert found.warnings[0] == "n too small to say: 90 samples, and a verdict takes 100."
+        job(folder / f"a{seed}", config(seed=seed), answers(seed, 0.6)[:90])
+        job(folder / f"b{seed}", config(seed=seed, ablation_name="no_erm"), answers(seed, 0.1)[:90])
+    compared = compare_systems(read_experiment(folder), "ELMD", ["paper"])
+    assert compared.n == 90
+    assert {cell.verdict for cell in compared.row("w/o ERM").cells["paper"].values()} == {TOO_FEW}
+    assert compared.warnings[0] == "n too small to say: 90 samples, and a verdict takes 100."
     for path in folder.glob("*2"):
         (path / "artifacts.json").unlink()
-    found = compare_systems(read_experiment(folder), "ELMD", ["paper"])
-    assert found.warnings[1] == "Too few training seeds to say, a verdict takes 3: ELMD (2), w/o ERM (2)."
+    compared = compare_systems(read_experiment(folder), "ELMD", ["paper"])
+    assert compared.warnings[1] == "Too few training seeds to say, a verdict takes 3: ELMD (2), w/o ERM (2)."
 
 
 def test_a_difference_between_samples_that_seeds_do_not_bear_out_is_noise(tmp_path: Path) -> None:
     """Tested over samples alone it would be a finding; over trainings it is luck."""
     folder = tmp_path / "experiments" / "demo"
     for seed, share in enumerate((0.2, 0.5, 0.8)):
-        job(folder / f"a{seed}", config(seed=seed), said(seed, 0.6))
-        job(folder / f"b{seed}", config(seed=seed, ablation_name="no_erm"), said(seed, share))
+        job(folder / f"a{seed}", config(seed=seed), answers(seed, 0.6))
+        job(folder / f"b{seed}", config(seed=seed, ablation_name="no_erm"), answers(seed, share))
     cell = compare_systems(read_experiment(folder), "ELMD", ["paper"]).row("w/o ERM").cells["paper"]["rouge1_char"]
     assert cell.p_holm is not None
     assert cell.p_holm < 0.05
@@ -188,8 +190,8 @@ def test_unknown_reference(experiment: Experiment) -> None:
 
 def test_emotions_that_contradict_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "experiments" / "demo"
-    job(folder, config(), said(0, 0.5))
-    odd = [Prediction(p.id, "嗯", p.reference, gold_emotion=Emotion.FEAR) for p in said(0, 0.5)]
+    job(folder, config(), answers(0, 0.5))
+    odd = [Prediction(p.id, "嗯", p.reference, gold_emotion=Emotion.FEAR) for p in answers(0, 0.5)]
     write_predictions(tmp_path / "odd.jsonl", odd)
     with pytest.raises(DataError, match=r"odd\.jsonl: id 'd0#1' has the gold emotion Fear, and "):
         compare_systems(read_experiment(folder, {"odd": tmp_path / "odd.jsonl"}), "ELMD", ["paper"])
@@ -201,7 +203,12 @@ def test_emotions_that_contradict_are_refused(tmp_path: Path) -> None:
 )
 def test_the_reference_is_the_full_model(tmp_path: Path, slots: Sequence[int], reference: str) -> None:
     for s in slots:
-        job(tmp_path / "experiments" / "demo" / f"s{s}", config(erm__slots=s), said(0, 0.5)[:3], axes={"erm.slots": s})
+        job(
+            tmp_path / "experiments" / "demo" / f"s{s}",
+            config(erm__slots=s),
+            answers(0, 0.5)[:3],
+            axes={"erm.slots": s},
+        )
     assert reference_of(read_experiment(tmp_path / "experiments" / "demo")) == reference
 
 
@@ -209,10 +216,10 @@ def test_emotion_metrics_equal_the_scores() -> None:
     rng, names = Random(0), list(Emotion)
     gold = [rng.choice(names[:5]) for _ in range(50)]
     predicted = [rng.choice([*names, None]) for _ in range(50)]
-    found, known = emotion_metrics([*gold, None], [*predicted, names[0]]), emotion_scores(gold, predicted)
-    assert found["accuracy"].score == pytest.approx(known["accuracy"])
-    assert found["weighted_f1"].score == pytest.approx(known["weighted_f1"])
-    assert found["accuracy"].values.mean() == pytest.approx(known["accuracy"])
+    metrics, scores = emotion_metrics([*gold, None], [*predicted, names[0]]), emotion_scores(gold, predicted)
+    assert metrics["accuracy"].score == pytest.approx(scores["accuracy"])
+    assert metrics["weighted_f1"].score == pytest.approx(scores["weighted_f1"])
+    assert metrics["accuracy"].values.mean() == pytest.approx(scores["accuracy"])
     assert emotion_metrics(gold, [None] * 50) == emotion_metrics([None], [names[0]]) == {}
 
 
@@ -241,14 +248,14 @@ def test_which_paper_table(tmp_path: Path) -> None:
         "llm__name": "chatglm2_6b",
     }
     folder = tmp_path / "experiments" / "any_name"
-    job(folder / "a", config("any_name", **changes), said(0, 0.5)[:9])
-    job(folder / "b", config("any_name", **changes, baseline__name="livebot"), said(0, 0.4)[:9])
-    found = compare_systems(read_experiment(folder), "ELMD", ["paper"])
-    assert found.paper == ["Table 2, MMED"]
-    assert [row.name for row in found.rows[:2]] == ["Livebot", "ELMD"]
-    assert found.row("ELMD").paper["bleu2_char"] == "5.525"
-    assert found.row("Livebot").paper["rougeL_char"] == "7.558"
-    assert not any("here other" in note for note in found.notes)
+    job(folder / "a", config("any_name", **changes), answers(0, 0.5)[:9])
+    job(folder / "b", config("any_name", **changes, baseline__name="livebot"), answers(0, 0.4)[:9])
+    compared = compare_systems(read_experiment(folder), "ELMD", ["paper"])
+    assert compared.paper == ["Table 2, MMED"]
+    assert [row.name for row in compared.rows[:2]] == ["Livebot", "ELMD"]
+    assert compared.row("ELMD").paper["bleu2_char"] == "5.525"
+    assert compared.row("Livebot").paper["rougeL_char"] == "7.558"
+    assert not any("here other" in note for note in compared.notes)
 
 
 # ---- tables
@@ -357,7 +364,7 @@ def test_search_cost_and_points(tmp_path: Path) -> None:
         for seed in (0, 1):
             stages = {f"index{slots}": {}, "erm": {"wall_seconds": 3.5}}
             varied = config(seed=seed, erm__slots=slots)
-            made = job(folder / f"{slots},{seed}", varied, said(seed, 0.5)[:9], stages, {"erm.slots": slots})
+            made = job(folder / f"{slots},{seed}", varied, answers(seed, 0.5)[:9], stages, {"erm.slots": slots})
             about = json.loads((made / "artifacts.json").read_text(encoding="utf-8"))
             about["artifacts"]["index"] = about["artifacts"].pop(f"index{slots}")
             (made / "artifacts.json").write_text(json.dumps(about), encoding="utf-8")
@@ -365,16 +372,16 @@ def test_search_cost_and_points(tmp_path: Path) -> None:
         train = [sample for sample in samples if sample.split == "train"]
         keys = {"e_u": torch.randn(len(train), 8), "E_s": torch.randn(len(train), 8 * slots)}
         Index.build(train, keys).save(tmp_path / f"index{slots}" / "abc")
-    found = read_experiment(folder)
-    compared = compare_systems(found, reference_of(found), ["paper"])
-    one, four = coefficient_points(found, compared, repeats=3)
-    assert (one.slots, one.system, four.slots, four.system) == (1, "ELMD, s = 1", 4, "ELMD, s = 4")
+    varied = read_experiment(folder)
+    compared = compare_systems(varied, reference_of(varied), ["paper"])
+    single, four = coefficient_points(varied, compared, repeats=3)
+    assert (single.slots, single.system, four.slots, four.system) == (1, "ELMD, s = 1", 4, "ELMD, s = 4")
     cell = compared.row("ELMD, s = 4").cells["paper"]["rougeL_char"]
     assert (four.scores["ROUGE-L"].mean, four.scores["ROUGE-L"].sd) == (cell.mean, cell.sd)
     assert list(four.scores) == ["BLEU-4", "METEOR", "ROUGE-L"]
     assert four.train_seconds == {0: 3.5, 1: 3.5}
     n = len(train)
-    for point in (one, four):
+    for point in (single, four):
         for cost in point.costs.values():
             assert (cost.width, cost.candidates) == (8 * point.slots, n)
             assert cost.key_bytes == n * 8 * point.slots * 4
@@ -384,7 +391,7 @@ def test_search_cost_and_points(tmp_path: Path) -> None:
     assert torch.get_num_threads() >= 1
     (tmp_path / "index4" / "abc" / "index.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"index4/abc: is not a complete index"):
-        search_cost(found.systems["ELMD, s = 4"][0], samples)
+        search_cost(varied.systems["ELMD, s = 4"][0], samples)
 
 
 def test_no_points_where_s_does_not_vary(experiment: Experiment, comparison: Comparison) -> None:

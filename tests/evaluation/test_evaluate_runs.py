@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -41,18 +38,17 @@ def three(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_a_broken_file_is_named_and_does_not_stop_the_others(three: list[Path], tmp_path: Path) -> None:
-    """As a user runs it: a process of its own, with exit code and streams."""
+def test_a_broken_file_is_named_and_does_not_stop_the_others(
+    main: Callable[[list[str]], int], three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, str(SCRIPT), *map(str, three), "--out", str(out), "--protocol", "paper"]
-    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1] / "src"), "COLUMNS": "400"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout == ""
-    said = "".join(done.stderr.split())  # log lines are wrapped
-    assert f"{three[1]}:2:isnotJSON" in said
-    assert "2scored,1couldnotbescored" in said
-    assert "bleu4_char" in done.stderr
+    assert main([*map(str, three), "--out", str(out), "--protocol", "paper"]) == 1
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    logged = "".join(streams.err.split())  # log lines are wrapped
+    assert f"{three[1]}:2:isnotJSON" in logged
+    assert "2scored,1couldnotbescored" in logged
+    assert "bleu4_char" in streams.err
 
     md = (out / "scores.md").read_text(encoding="utf-8")
     assert "| gold_run | 3 | 100.00 | 100.00 |" in md
@@ -90,10 +86,10 @@ def test_folders_are_searched(
     assert main([*paths, "--out", str(tmp_path / "out"), "--protocol", "paper"]) == 1
     rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").open(encoding="utf-8")))
     assert [row["system"] for row in rows] == ["experiments/demo/eval", "generate/bb"]
-    said = "".join(capsys.readouterr().err.split())
-    assert "cc.partialisnotfinished:leftout" in said
-    assert said.count("scoredonce") == 2
-    assert f"{tmp_path / 'empty'}couldnotbescored:holdsnopredictions.jsonl" in said
+    logged = "".join(capsys.readouterr().err.split())
+    assert "cc.partialisnotfinished:leftout" in logged
+    assert logged.count("scoredonce") == 2
+    assert f"{tmp_path / 'empty'}couldnotbescored:holdsnopredictions.jsonl" in logged
 
 
 def test_an_experiment_is_compared_with_floors_and_third_parties(
@@ -124,11 +120,11 @@ def test_an_experiment_is_compared_with_floors_and_third_parties(
         "experiments/demo/ablation=none,seed=0", "experiments/demo/ablation=none,seed=1",
         "experiments/demo/baseline=livebot,seed=0", "theirs",
     ]  # fmt: skip
-    said = "".join(capsys.readouterr().err.split())
-    assert "missing:Livebot,seed1:" in said
+    logged = "".join(capsys.readouterr().err.split())
+    assert "missing:Livebot,seed1:" in logged
 
-    one = folder / "ablation=none,seed=0"  # a path with an equals sign
-    assert main([str(one), "--out", str(tmp_path / "one"), "--protocol", "paper"]) == 0
+    single = folder / "ablation=none,seed=0"  # a path with an equals sign
+    assert main([str(single), "--out", str(tmp_path / "one"), "--protocol", "paper"]) == 0
     assert "| ELMD | 1 × 1 |" in (tmp_path / "one" / "comparison.md").read_text(encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ NUMBER = re.compile(r"(?<![\d.])\d+\.\d{2,}(?![\d.])")
 
 def read_text(shared: Path) -> dict[str, dict[str, dict[str, list[str]]]]:
     """Tables of the paper's text: table -> data set -> row -> numbers as printed."""
-    found: dict[str, dict[str, dict[str, list[str]]]] = {}
+    tables: dict[str, dict[str, dict[str, list[str]]]] = {}
     table, dataset = "", ""
     for line in (shared / "paper" / "elmd_icmr2024.txt").read_text(encoding="utf-8").splitlines():
         if caption := re.match(r"\**(Table [1-4]): ", line):
@@ -31,19 +31,19 @@ def read_text(shared: Path) -> dict[str, dict[str, dict[str, list[str]]]]:
             dataset = cells[0]
         numbers = [cell for cell in cells if re.fullmatch(r"[\d.]+", cell)]
         row = "samples" if table == "Table 1" else next(c for c in cells if c not in ("", "M3ED", "MMED", *numbers))
-        found.setdefault(table, {}).setdefault(dataset, {})[row] = numbers
-    return found
+        tables.setdefault(table, {}).setdefault(dataset, {})[row] = numbers
+    return tables
 
 
 def test_every_number_is_the_papers(shared: Path) -> None:
     text = read_text(shared)
     assert list(text) == ["Table 1", "Table 2", "Table 3", "Table 4"]
-    assert text == {one["table"]: one["datasets"] for one in _content()["tables"]}
+    assert text == {entry["table"]: entry["datasets"] for entry in _content()["tables"]}
     assert sum(len(numbers) for sets in text.values() for rows in sets.values() for numbers in rows.values()) == 84
     whole = (shared / "paper" / "elmd_icmr2024.txt").read_text(encoding="utf-8")
     assert "a coefficient of 0.41 for M3ED and 0.38 for MMED" in whole
     assert (paper_kappa("M3ED"), paper_kappa("MMED")) == (0.41, 0.38)
-    for caption in (one["caption"] for one in _content()["tables"]):
+    for caption in (entry["caption"] for entry in _content()["tables"]):
         assert caption in whole
 
 
@@ -81,8 +81,8 @@ def test_headers_of_experiments_hold_the_papers_numbers() -> None:
         seen += 1
         dataset = "MMED" if "mmed" in path.stem else "M3ED"
         tables = [paper_table(name, dataset) for name in re.findall(r"Table [23]", header)]
-        known = {text for table in tables for row in table.printed.values() for text in row.values()}
-        assert set(numbers) <= known, path.name
+        printed = {text for table in tables for row in table.printed.values() for text in row.values()}
+        assert set(numbers) <= printed, path.name
         ours = next(table.printed["ELMD"] for table in tables)
         assert set(numbers) & set(ours.values()), path.name
     assert seen >= 3

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from elmd.errors import DataError
+from elmd.evaluation import paired
 from elmd.evaluation import score as scoring
 from elmd.evaluation.paired import compare_metrics
 from elmd.evaluation.predictions import Prediction, by_seed_of, read_predictions, write_predictions
@@ -26,11 +27,13 @@ SAID = ["今天真的好开心啊", "你怎么啦？", "不知道。", "谢谢�
 
 def predictions(**seeds: list[str]) -> list[Prediction]:
     """Six samples; one run without seed, or one per keyword `s<seed>`."""
-    runs: dict[int | None, list[str]] = {int(name[1:]): said for name, said in seeds.items()} or {None: SAID}
+    runs: dict[int | None, list[str]] = {int(name[1:]): hypotheses for name, hypotheses in seeds.items()} or {
+        None: SAID
+    }
     return [
         Prediction(
             id=f"d#{i}",
-            hypothesis=said,
+            hypothesis=hypothesis,
             reference=reference,
             demonstration=["今天好", "怎么了？", None, "谢谢你", "会好的", "你好"][i],
             gold_emotion=Emotion.HAPPY if i % 2 else Emotion.SAD,
@@ -40,7 +43,7 @@ def predictions(**seeds: list[str]) -> list[Prediction]:
             extra={"prompt": {"utterance": "她说：“好”\n吗"}},
         )
         for seed, hypotheses in runs.items()
-        for i, (said, reference) in enumerate(zip(hypotheses, REFERENCES, strict=True))
+        for i, (hypothesis, reference) in enumerate(zip(hypotheses, REFERENCES, strict=True))
     ]
 
 
@@ -116,20 +119,20 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
 
 
 def test_score_is_json_and_says_how_it_was_made() -> None:
-    found = score(predictions())
-    assert json.loads(json.dumps(found)) == found
-    assert found["n"] == 6
-    assert found["seeds"] == [None]
-    assert found["protocols"] == ["paper", "strict", "chatglm"]
-    assert "tok:zh" in found["signatures"]["bleu4_zh"]
-    assert set(found["versions"]) == {"nltk", "rouge-chinese", "sacrebleu", "jieba"}
-    assert found["paper"] == {name: metric.score for name, metric in text.paper(SAID, REFERENCES).items()}
-    assert found["surface"]["empty_rate"] == pytest.approx(1 / 6)
-    assert found["surface"]["copy_rate"] == pytest.approx(1 / 5)
-    assert (found["emotion"]["accuracy"], found["emotion"]["missing"]) == (0.5, 1)
-    assert "sd" not in found
-    low, high = found["intervals"]["paper"]["rougeL_char"]
-    assert low < found["paper"]["rougeL_char"] < high
+    result = score(predictions())
+    assert json.loads(json.dumps(result)) == result
+    assert result["n"] == 6
+    assert result["seeds"] == [None]
+    assert result["protocols"] == ["paper", "strict", "chatglm"]
+    assert "tok:zh" in result["signatures"]["bleu4_zh"]
+    assert set(result["versions"]) == {"nltk", "rouge-chinese", "sacrebleu", "jieba"}
+    assert result["paper"] == {name: metric.score for name, metric in text.paper(SAID, REFERENCES).items()}
+    assert result["surface"]["empty_rate"] == pytest.approx(1 / 6)
+    assert result["surface"]["copy_rate"] == pytest.approx(1 / 5)
+    assert (result["emotion"]["accuracy"], result["emotion"]["missing"]) == (0.5, 1)
+    assert "sd" not in result
+    low, high = result["intervals"]["paper"]["rougeL_char"]
+    assert low < result["paper"]["rougeL_char"] < high
 
 
 def test_emotions_that_were_never_named_get_no_accuracy() -> None:
@@ -141,15 +144,15 @@ def test_emotions_that_were_never_named_get_no_accuracy() -> None:
 def test_seeds_are_averaged_with_their_deviation() -> None:
     both = predictions(s0=SAID, s1=REFERENCES)
     both[6:] = both[:5:-1]  # the second seed in another order
-    found = score(both, ["paper"])
-    one, two = (text.paper(said, REFERENCES)["bleu2_char"].score for said in (SAID, REFERENCES))
-    assert found["n"] == 6
-    assert found["seeds"] == [0, 1]
-    assert found["paper"]["bleu2_char"] == pytest.approx((one + two) / 2)
-    assert found["sd"]["paper"]["bleu2_char"] == pytest.approx(abs(one - two) / 2**0.5)
-    assert found["emotion"]["n"] == 12
-    assert sum(map(sum, found["emotion"]["confusion"]["counts"])) == 12
-    assert found["emotion"]["accuracy"] == 0.5
+    result = score(both, ["paper"])
+    first, second = (text.paper(run, REFERENCES)["bleu2_char"].score for run in (SAID, REFERENCES))
+    assert result["n"] == 6
+    assert result["seeds"] == [0, 1]
+    assert result["paper"]["bleu2_char"] == pytest.approx((first + second) / 2)
+    assert result["sd"]["paper"]["bleu2_char"] == pytest.approx(abs(first - second) / 2**0.5)
+    assert result["emotion"]["n"] == 12
+    assert sum(map(sum, result["emotion"]["confusion"]["counts"])) == 12
+    assert result["emotion"]["accuracy"] == 0.5
 
 
 def test_score_refuses() -> None:
@@ -183,16 +186,16 @@ def test_floors() -> None:
 
 
 def test_score_all_holds_systems_and_floors() -> None:
-    found = score_all({"elmd": predictions(), "no_erm": predictions(s0=REFERENCES)}, ["好", "不好"], ["paper"])
-    assert found["n"] == 6
-    assert found["protocols"] == ["paper"]
-    assert "signatures" not in found  # sacrebleu has no part in this
-    assert list(found["systems"]) == ["elmd", "no_erm"]
-    assert list(found["floors"]) == ["random response", "most common reply", "retrieval only"]
+    result = score_all({"elmd": predictions(), "no_erm": predictions(s0=REFERENCES)}, ["好", "不好"], ["paper"])
+    assert result["n"] == 6
+    assert result["protocols"] == ["paper"]
+    assert "signatures" not in result  # sacrebleu has no part in this
+    assert list(result["systems"]) == ["elmd", "no_erm"]
+    assert list(result["floors"]) == ["random response", "most common reply", "retrieval only"]
     retrieval = text.paper([p.hypothesis for p in retrieval_floor(predictions())], REFERENCES)
-    assert found["floors"]["retrieval only"]["paper"]["rouge1_char"] == pytest.approx(retrieval["rouge1_char"].score)
-    assert found["systems"]["no_erm"]["paper"]["bleu4_char"] == pytest.approx(100)
-    assert "emotion" not in found["floors"]["random response"]
+    assert result["floors"]["retrieval only"]["paper"]["rouge1_char"] == pytest.approx(retrieval["rouge1_char"].score)
+    assert result["systems"]["no_erm"]["paper"]["bleu4_char"] == pytest.approx(100)
+    assert "emotion" not in result["floors"]["random response"]
     bare = [Prediction("a", "好", "好")]
     assert score_all({"mine": bare}, None, ["paper"])["floors"] == {}
     with pytest.raises(DataError, match=r"elmd and mine were not run on the same samples \(7 are in one only"):
@@ -203,20 +206,25 @@ def test_score_all_holds_systems_and_floors() -> None:
 
 
 def pooled(run: list[Prediction]) -> dict[str, text.Metric]:
-    return pool([measure(one, "strict") for one in by_seed_of(run, "predictions").values()])
+    return pool([measure(decoded, "strict") for decoded in by_seed_of(run, "predictions").values()])
 
 
-def test_compare_corrects_over_the_family() -> None:
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paired, "RESAMPLES", 500)
+
+
+def test_compare_corrects_over_the_family(few_resamples: None) -> None:
     same, gold = pooled(predictions(s9=SAID)), pooled(predictions(s0=REFERENCES))
-    found = compare_metrics(pooled(predictions()), {"same": same, "gold": gold})
-    assert list(found) == ["same", "gold"]
+    result = compare_metrics(pooled(predictions()), {"same": same, "gold": gold})
+    assert list(result) == ["same", "gold"]
     for metric in ("bleu2_zh", "bleu4_zh", "rouge1_zh", "rougeL_zh", "chrf_char"):
-        assert found["same"][metric] == {"difference": 0, "p": 1, "p_holm": 1}
-        assert found["gold"][metric]["difference"] < 0
+        assert result["same"][metric] == {"difference": 0, "p": 1, "p_holm": 1}
+        assert result["gold"][metric]["difference"] < 0
     # five of six pairs differ, all in one direction: 2 of the 2^5 signs of those
-    assert found["gold"]["rougeL_zh"]["p"] == 2 / 32
-    family = {f"{name} {metric}": row["p"] for name, rows in found.items() for metric, row in rows.items()}
-    corrected = {f"{name} {metric}": row["p_holm"] for name, rows in found.items() for metric, row in rows.items()}
+    assert result["gold"]["rougeL_zh"]["p"] == 2 / 32
+    family = {f"{name} {metric}": row["p"] for name, rows in result.items() for metric, row in rows.items()}
+    corrected = {f"{name} {metric}": row["p_holm"] for name, rows in result.items() for metric, row in rows.items()}
     assert len(family) == 10
     assert corrected == holm(family)
     del gold["chrf_char"]
@@ -224,7 +232,7 @@ def test_compare_corrects_over_the_family() -> None:
     assert sum(map(len, fewer.values())) == 9
 
 
-def test_compare_takes_the_seeds_of_a_sample_together() -> None:
+def test_compare_takes_the_seeds_of_a_sample_together(few_resamples: None) -> None:
     gold = {"gold": pooled(predictions(s0=REFERENCES))}
     twice = pooled(predictions(s0=SAID, s1=SAID))
     assert all(len(metric.statistics) == 6 for metric in twice.values())

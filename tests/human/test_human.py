@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -55,8 +53,8 @@ class Page(HTMLParser):
     @property
     def responses(self) -> list[str]:
         """Response ids in the order of the page."""
-        found = [attrs["data-response"] for tag, attrs in self.tags if tag == "fieldset"]
-        return [str(id_) for id_ in dict.fromkeys(found)]
+        ids = [attrs["data-response"] for tag, attrs in self.tags if tag == "fieldset"]
+        return [str(id_) for id_ in dict.fromkeys(ids)]
 
 
 @pytest.fixture
@@ -111,7 +109,7 @@ def test_one_run_and_one_decoding_of_each_system_are_rated_and_recorded(tmp_path
         path.unlink()
     (experiment / "elmd-0").rmdir()
     key = write_study(tmp_path / "study", gather([str(experiment)]), n=4, raters=1, seed=0)
-    assert {name: (one["seed"], one["decode_seed"]) for name, one in key["systems"].items()} == {
+    assert {name: (system["seed"], system["decode_seed"]) for name, system in key["systems"].items()} == {
         "ELMD": (1, 3),
         "DialoGPT": (1, 3),
     }
@@ -127,7 +125,7 @@ def test_another_reference_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (["nowhere"], "nowhere: no such folder; name an experiment's folder, or a file as NAME=predictions.jsonl"),
         (["A={file}"], "no experiment's folder is given"),
@@ -138,11 +136,11 @@ def test_another_reference_is_refused(tmp_path: Path) -> None:
         (["{experiment}", "{experiment}/elmd-0", "A={missing}"], "missing.jsonl: cannot be read"),
     ],
 )
-def test_what_is_no_system_is_told(tmp_path: Path, given: list[str], told: str) -> None:
+def test_what_is_no_system_is_told(tmp_path: Path, given: list[str], message: str) -> None:
     samples = make_samples(4)
     write_predictions(file := tmp_path / "t.jsonl", [Prediction(s.id, "x", s.response.text) for s in samples])
     places = {"file": file, "experiment": make_experiment(tmp_path, samples), "missing": tmp_path / "missing.jsonl"}
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         gather([text.format(**places) for text in given])
 
 
@@ -166,7 +164,7 @@ def test_a_page_never_holds_the_key(study: Study) -> None:
         text = (folder / f"rater-{number}.html").read_text(encoding="utf-8").lower()
         secrets = [*key["systems"], GROUND_TRUTH, "gold", "truth", "hypothesis", "reference", "predictions"]
         secrets += ["secret-dialogue", "key.json", "decode", "seed", "baseline", "elmd", "d0_1", str(folder), "runs/"]
-        secrets += [one["sha256"] for one in key["systems"].values()]
+        secrets += [system["sha256"] for system in key["systems"].values()]
         assert [word for word in secrets if word.lower() in text] == []
 
 
@@ -180,7 +178,7 @@ def test_ids_and_orders_follow_from_nothing(study: Study, tmp_path: Path) -> Non
     assert len({tuple(item["sample"] for item in sheet) for sheet in sheets}) == 4
     assert len({frozenset(item["sample"] for item in sheet) for sheet in sheets}) == 1
     orders = [{item["sample"]: [tuple(n) for n in item["responses"].values()] for item in sheet} for sheet in sheets]
-    assert all(one != other for i, one in enumerate(orders) for other in orders[:i])
+    assert all(order != other for i, order in enumerate(orders) for other in orders[:i])
 
 
 def test_every_place_is_taken_by_every_system(tmp_path: Path) -> None:
@@ -286,8 +284,8 @@ def test_an_incomplete_file_is_told_with_what_is_missing(study: Study, tmp_path:
     third, seventh = ([*key["raters"]["1"][i]["responses"]] for i in (2, 6))
     del whole[third[0]], whole[seventh[1]]["R2"]
     path = write_ratings(tmp_path / "part.json", key["study"], 1, whole)
-    told = r"part.json: is incomplete: 3 scores are missing in 2 of 8 dialogues \(number 3, 7 of rater 1's page\)"
-    with pytest.raises(DataError, match=told):
+    message = r"part.json: is incomplete: 3 scores are missing in 2 of 8 dialogues \(number 3, 7 of rater 1's page\)"
+    with pytest.raises(DataError, match=message):
         read_ratings(path, read_key(folder))
 
 
@@ -323,7 +321,7 @@ def _twice(key: dict[str, Any], path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (_tamper, "has been changed since its export, or is damaged"),
         (_twice, r"is not JSON \(the key '.*' occurs twice\)"),
@@ -345,13 +343,13 @@ def _twice(key: dict[str, Any], path: Path) -> None:
     ],
 )
 def test_files_that_are_refused_by_name(
-    study: Study, tmp_path: Path, change: Callable[[dict[str, Any], Path], Any], told: str
+    study: Study, tmp_path: Path, change: Callable[[dict[str, Any], Path], Any], message: str
 ) -> None:
     folder, key = study
     path = rate(key, 1, by_system(), tmp_path / "mine.json")
     assert read_ratings(path, read_key(folder)).rater == 1
     change(key, path)
-    with pytest.raises(DataError, match=rf"mine\.json: .*{told}"):
+    with pytest.raises(DataError, match=rf"mine\.json: .*{message}"):
         read_ratings(path, read_key(folder))
 
 
@@ -380,7 +378,7 @@ def test_known_ratings_give_the_known_table(study: Study, tmp_path: Path) -> Non
         rate(key, 2, by_system(ELMD=5, DialoGPT=2, GroundTruth=5), tmp_path / "rater-2.json"),
     ]
     result = score(key, files)
-    means = {name: (one["R1"]["mean"], one["R2"]["mean"]) for name, one in result["systems"].items()}
+    means = {name: (system["R1"]["mean"], system["R2"]["mean"]) for name, system in result["systems"].items()}
     assert means == {"DialoGPT": (2, 2), "ELMD": (4.5, 4.5), "Ground-Truth": (5, 5)}
     assert result["systems"]["ELMD"]["R1"]["raters"] == {"1": 4, "2": 5}
     assert (result["systems"]["ELMD"]["R1"]["low"], result["systems"]["ELMD"]["R1"]["high"]) == (4.5, 4.5)
@@ -432,13 +430,13 @@ def test_kappa_equals_scikit_learn_and_the_formula(study: Study, tmp_path: Path,
     given: list[dict[tuple[str, str, str], int]] = [{}, {}, {}]
 
     def noisy(rater: int) -> Callable[[list[str], str, str], int]:
-        def one(names: list[str], sample: str, metric: str) -> int:
+        def taste(names: list[str], sample: str, metric: str) -> int:
             base = 1 + (len(names[0]) + len(sample) + len(metric)) % 5
             value = int(np.clip(base + rng.integers(-1, 2), 1, 5))
             given[rater][names[0], sample, metric] = value
             return value
 
-        return one
+        return taste
 
     result = score(key, [rate(key, i + 1, noisy(i), tmp_path / f"{i}.json") for i in range(2)], resamples=200)
     for metric in ("R1", "R2"):
@@ -484,29 +482,31 @@ def test_raters_of_one_score_only_have_no_kappa(study: Study, tmp_path: Path) ->
 def test_noise_is_called_noise_and_a_difference_a_difference(tmp_path: Path) -> None:
     pool = gather([str(make_experiment(tmp_path, make_samples(100)))])
     key = write_study(tmp_path / "s", pool, n=100, raters=2, seed=0)
-    rng = np.random.default_rng(0)
 
-    def taste(names: list[str], sample: str, metric: str) -> int:
-        return 5 if names == [GROUND_TRUTH] else int(rng.integers(1, 6))
+    def taste(rater: int) -> Callable[[list[str], str, str], int]:
+        """Ground-Truth is liked; of the others each score is drawn by what is rated, whatever the page's order."""
+        return lambda names, sample, metric: (
+            5 if names == [GROUND_TRUTH] else Random(f"{rater} {names} {sample} {metric}").randint(1, 5)
+        )
 
-    result = score(key, [rate(key, i, taste, tmp_path / f"{i}.json") for i in (1, 2)], "DialoGPT")
+    result = score(key, [rate(key, i, taste(i), tmp_path / f"{i}.json") for i in (1, 2)], "DialoGPT")
     assert result["warnings"] == ["Within noise of DialoGPT: ELMD in R1 and R2."]
     assert result["comparison"][GROUND_TRUTH]["R2"]["verdict"] == "differs"
 
 
-@pytest.mark.parametrize(("data", "told"), [("m3ed", False), ("tiny", True)])
-def test_the_paper_s_table_stands_beside_ours(tmp_path: Path, data: str, told: bool) -> None:
+@pytest.mark.parametrize(("data", "message"), [("m3ed", False), ("tiny", True)])
+def test_the_paper_s_table_stands_beside_ours(tmp_path: Path, data: str, message: bool) -> None:
     pool = gather([str(make_experiment(tmp_path, make_samples(4), data=data))])
     key = write_study(tmp_path / "s", pool, n=4, raters=1, seed=0)
     result = score(key, [rate(key, 1, by_system(ELMD=4), tmp_path / "1.json")])
     table = paper_table("Table 4", "M3ED")
-    assert {name: one["R1"]["paper"] for name, one in result["systems"].items()} == {
+    assert {name: system["R1"]["paper"] for name, system in result["systems"].items()} == {
         name: table.printed[name]["R1"] for name in ("DialoGPT", "ELMD", GROUND_TRUTH)
     }
     text = human_document(result).markdown
     assert f"| ELMD | 4 | 4.000 | 4.00–4.00 | – | {table.printed['ELMD']['R1']} |" in text
     assert f"is {paper_kappa('M3ED'):.2f} (§5.2)" in text
-    assert (f"other data ({data}): no yardstick" in text) == told
+    assert (f"other data ({data}): no yardstick" in text) == message
 
 
 def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
@@ -542,13 +542,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads((out / "human.json").read_text())["systems"]["ELMD"]["R1"]["mean"] == 4
 
 
-def test_an_error_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
-    """As a user runs it."""
-    command = [sys.executable, "-m", "elmd.human", "score", str(tmp_path), "rater-1.json"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "400"}, timeout=120)
-    assert done.returncode == 1
-    assert done.stdout == ""
+def test_an_error_is_one_sentence_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["score", str(tmp_path), "rater-1.json"])
+    streams = capsys.readouterr()
+    assert streams.out == ""
     wanted = f"error: {tmp_path}/key.json: cannot be read (No such file or directory); name the folder that"
-    assert done.stderr.startswith(wanted)
-    assert done.stderr.count("\n") == 1
+    assert streams.err.startswith(wanted)
+    assert streams.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -89,7 +89,7 @@ def test_rate_reload_export_and_score(browser: Any, study: tuple[Path, dict[str,
     rater.page.reload()
     assert rater.count == f"1 of {N} dialogues, 8 of {6 * N} scores"
     assert rater.page.locator("section:visible h2").inner_text() == f"Dialogue 2 of {N}"
-    assert rater.page.locator("section:visible input:checked").evaluate_all("all => all.map(one => one.value)") == [
+    assert rater.page.locator("section:visible input:checked").evaluate_all("all => all.map(input => input.value)") == [
         "5",
         "4",
     ]
@@ -108,10 +108,10 @@ def test_rate_reload_export_and_score(browser: Any, study: tuple[Path, dict[str,
     assert rater.saved_as == "rater-1.json"
     assert rater.errors == []
 
-    found = read_ratings(whole, key)
+    ratings = read_ratings(whole, key)
     for at, item in enumerate(key["raters"]["1"]):
         wanted = KEYS if at != 1 else "545121"
-        assert [found.scores[id_][metric] for id_ in item["responses"] for metric in ("R1", "R2")] == list(
+        assert [ratings.scores[id_][metric] for id_ in item["responses"] for metric in ("R1", "R2")] == list(
             map(int, wanted)
         )
     assert score(key, [whole])["n"] == N
@@ -164,7 +164,7 @@ def test_keys_move_and_the_focus_shows(browser: Any, study: tuple[Path, dict[str
 
 def test_digits_change_nothing_in_a_dialogue_that_is_done(browser: Any, study: tuple[Path, dict[str, Any]]) -> None:
     rater = Rater(browser, study[0] / "rater-1.html")
-    given = "all => all.map(one => one.value).join('')"
+    given = "all => all.map(input => input.value).join('')"
     inputs, done = rater.page.locator("section:visible input:checked"), rater.page.locator("#done")
     rater.rate()
     rater.press("3", "3")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +21,7 @@ from elmd.data.audit import audit
 from elmd.data.samples import save_samples
 from elmd.engine.keys import plain
 from elmd.errors import DataError
+from elmd.evaluation import paired
 from elmd.evaluation.comparison import compare_systems
 from elmd.evaluation.predictions import Prediction, write_predictions
 from elmd.evaluation.runs import read_experiment
@@ -55,19 +57,19 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
+        values = dict(attrs)
         self.tags.append(tag)
-        self.attributes += found
-        if found.get("id"):
-            self.ids.append(str(found["id"]))
+        self.attributes += values
+        if values.get("id"):
+            self.ids.append(str(values["id"]))
         if tag == "a":
-            self.hrefs.append(str(found["href"]))
+            self.hrefs.append(str(values["href"]))
         elif tag == "use":
-            assert str(found["href"])[1:] in self.ids
+            assert str(values["href"])[1:] in self.ids
         elif tag != "use":
-            self.loaded += [str(found[name]) for name in ("src", "href", "data", "srcset") if name in found]
+            self.loaded += [str(values[name]) for name in ("src", "href", "data", "srcset") if name in values]
         if tag == "article":
-            self.cases.append(found)
+            self.cases.append(values)
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -76,13 +78,13 @@ class Page(HTMLParser):
 
 
 def samples() -> list[Sample]:
-    found = []
-    for i, one in enumerate(make_samples(28)):
+    made = []
+    for i, sample in enumerate(make_samples(28)):
         split = SPLITS[0] if i < 12 else SPLITS[1] if i < 14 else SPLITS[2]
-        found.append(replace(one, split=split, background=EVIL if i % 2 else None))
-    last = found[-1]
+        made.append(replace(sample, split=split, background=EVIL if i % 2 else None))
+    last = made[-1]
     evil = Utterance("x", EVIL, EVIL, last.utterance.emotion, tags=())
-    return [*found[:-1], replace(last, utterance=evil, response=replace(last.response, text=EVIL))]
+    return [*made[:-1], replace(last, utterance=evil, response=replace(last.response, text=EVIL))]
 
 
 def predictions(which: int) -> list[Prediction]:
@@ -112,7 +114,7 @@ def lay(runs: Path, stage: str, name: str, files: dict[str, Any], **more: Any) -
         "device": "cpu", "world_size": 1, "wall_seconds": 1.5, "metrics": {}, "counts": {}, **more,
     }  # fmt: skip
     for file, content in {**files, "manifest.json": manifest}.items():
-        lines = [json.dumps(one) for one in (content if file.endswith(".jsonl") else [content])]
+        lines = [json.dumps(value) for value in (content if file.endswith(".jsonl") else [content])]
         (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
@@ -123,7 +125,7 @@ def experiment(runs: Path, name: str, jobs: dict[tuple[str, int], int], **change
     everything = samples()
     counts = {
         "dialogues": 2, "sentences": 50, "turns": 40, "pairs": 28, "dropped": {"too <b>odd</b>": 3}, "text_only": 0,
-        "samples": {split: sum(one.split == split for one in everything) for split in SPLITS},
+        "samples": {split: sum(sample.split == split for sample in everything) for split in SPLITS},
         "emotions": {split: {part: {e.value: 2 for e in EMOTIONS} for part in ("utterance", "response")}
                      for split in SPLITS},
         "filters": {}, "notes": {"a label that <b>nobody</b> knows": {"count": 2, "example": EVIL}},
@@ -131,9 +133,9 @@ def experiment(runs: Path, name: str, jobs: dict[tuple[str, int], int], **change
     prepare = lay(runs, "prepare", "p", {"audit.json": audit(everything)}, counts=counts)
     save_samples(prepare / "samples.jsonl", everything)
     demonstrations = [
-        {"sample": one.id, "source": everything[0].id, "utterance": EVIL, "response": EVIL, "emotion": "Sad",
+        {"sample": sample.id, "source": everything[0].id, "utterance": EVIL, "response": EVIL, "emotion": "Sad",
          "similarity": 0.5}
-        for one in everything
+        for sample in everything
     ]  # fmt: skip
     leak = {"gold_response": 0.25, "gold_response_chance": 0.01, "own_dialogue": 0.0}
     index = lay(runs, "index", "i", {"demonstrations.jsonl": demonstrations}, metrics={"test": leak})
@@ -145,7 +147,7 @@ def experiment(runs: Path, name: str, jobs: dict[tuple[str, int], int], **change
     erm = lay(runs, "erm", "e", {"metrics.jsonl": curve})
     failed = [{"clip": EVIL, "error": EVIL, "samples": ["a"]}]
     features = lay(runs, "features", "f", {"failed.json": failed})
-    emotions = [one.response.emotion for one in everything if one.split == "test"]
+    emotions = [sample.response.emotion for sample in everything if sample.split == "test"]
     for (ablation, seed), which in jobs.items():
         rep_scores = {**emotion_scores(emotions, [EMOTIONS[0]] * len(emotions)), "tags": {}}
         rep = lay(runs, "rep", f"r{seed}", {"rep.json": {"test/projector": rep_scores, "test/text_only": rep_scores},
@@ -180,6 +182,14 @@ def experiment(runs: Path, name: str, jobs: dict[tuple[str, int], int], **change
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Paired bootstraps of 200 resamples: here p-values are shown, and tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paired, "RESAMPLES", 200)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two systems in two seeds, a failed job of a third, and one that has not begun."""
@@ -207,7 +217,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     theirs = tmp_path_factory.mktemp("theirs") / "p.jsonl"
-    write_predictions(theirs, [replace(one, demonstration=None, extra={}) for one in predictions(4)])
+    write_predictions(theirs, [replace(p, demonstration=None, extra={}) for p in predictions(4)])
     return report([str(runs / "experiments" / "table"), f"<b>Their's</b>={theirs}"], cases=9)
 
 
@@ -224,7 +234,7 @@ def page(html: str) -> Page:
 def test_sections(page: Page) -> None:
     expected = ["summary", "tables", "training", "rep", "distributions", "cases", "missing", "data", "prompt",
                 "decoding", "provenance", "runs", "left-out"]  # fmt: skip
-    assert [one for one in page.ids if one in {*expected, "human", "sweeps", "vectors"}] == expected
+    assert [id_ for id_ in page.ids if id_ in {*expected, "human", "sweeps", "vectors"}] == expected
     assert "Human evaluation: no study is given (--human DIR)" in page.text
     assert "Utterances before and after ERM: the encoder that ERM began with" in page.text
 
@@ -236,7 +246,7 @@ def test_text_of_users_stays_text(page: Page, made: Path) -> None:
     assert "<b>tag</b>" in page.text
     assert "<b>Their's</b>" in page.text
     assert not [name for name in page.attributes if name.startswith("on")]
-    assert all(one.startswith("data:image/jpeg;base64,") for one in page.loaded)
+    assert all(source.startswith("data:image/jpeg;base64,") for source in page.loaded)
     errors = Page((made / "errors.html").read_text(encoding="utf-8"))
     assert errors.tags.count("script") == 1
     assert "the disk is full" in errors.text
@@ -263,10 +273,10 @@ def test_every_link_leads_somewhere(page: Page, made: Path) -> None:
 
 
 def test_numbers_are_those_of_the_comparison_and_link_to_their_runs(runs: Path, html: str, made: Path) -> None:
-    found = read_experiment(runs / "experiments" / "table")
-    links = Links.of(made, 0, found)
-    comparison = compare_systems(found, "ELMD")
-    table = results.table(comparison, found, links, "paper", "paper")
+    table_runs = read_experiment(runs / "experiments" / "table")
+    links = Links.of(made, 0, table_runs)
+    comparison = compare_systems(table_runs, "ELMD")
+    table = results.table(comparison, table_runs, links, "paper", "paper")
     assert table is not None
     row = next(row for row in table.rows if row[0] == "w/o REP")
     cell = row[table.columns.index("bleu4_char")]
@@ -274,8 +284,8 @@ def test_numbers_are_those_of_the_comparison_and_link_to_their_runs(runs: Path, 
     assert cell.text == f"{score.mean:.2f} ± {score.sd:.2f}"
     assert f"p {p_text(score.p_holm)}" in cell.small
     assert cell.href == "#runs-0-1"
-    assert [one.text for one in row[1]] == ["0", "1"]
-    assert [unquote(one.href) for one in row[1]] == [
+    assert [cell.text for cell in row[1]] == ["0", "1"]
+    assert [unquote(cell.href) for cell in row[1]] == [
         f"../../../generate/table-no_rep{seed}/manifest.json" for seed in (0, 1)
     ]
     paper = row[table.columns.index("bleu4_char") + 1]
@@ -312,12 +322,14 @@ def test_cases_carry_what_the_filters_read(page: Page, runs: Path) -> None:
     assert len(page.cases) == 9
     assert {case["data-emotion"] for case in page.cases} <= {emotion.value for emotion in EMOTIONS}
     wrong = [str(case["data-wrong"]).split() for case in page.cases]
-    said = [{one.id: one for one in predictions(which)} for which in (0, 2, 4)]  # ELMD, w/o REP, theirs: first seeds
+    answers = [{p.id: p for p in predictions(which)} for which in (0, 2, 4)]  # ELMD, w/o REP, theirs: first seeds
     gold = {sample.id: sample.response.emotion for sample in samples()}
-    shown = [id_ for id_ in said[0] if f">{id_}<" in (runs / "experiments/table/report/report.html").read_text()]
-    assert wrong == [[str(i) for i, one in enumerate(said) if one[id_].predicted_emotion != gold[id_]] for id_ in shown]
+    shown = [id_ for id_ in answers[0] if f">{id_}<" in (runs / "experiments/table/report/report.html").read_text()]
+    assert wrong == [
+        [str(i) for i, run in enumerate(answers) if run[id_].predicted_emotion != gold[id_]] for id_ in shown
+    ]
     differ = ["data-differ" in case for case in page.cases]
-    assert differ == [len({one[id_].predicted_emotion for one in said}) > 1 for id_ in shown]
+    assert differ == [len({run[id_].predicted_emotion for run in answers}) > 1 for id_ in shown]
     assert len(set(differ)) == 2
 
 
@@ -325,7 +337,7 @@ def test_filters_offer_only_what_can_be_found(page: Page, tmp_path: Path) -> Non
     named = ["ELMD ≠ gold", "w/o REP ≠ gold", "<b>Their's</b> ≠ gold"]
     assert page.choices[-6:] == ["all cases", "systems name different emotions", "some system ≠ gold", *named]
     silent = tmp_path / "silent.jsonl"
-    write_predictions(silent, [replace(one, predicted_emotion=None) for one in predictions(1)])
+    write_predictions(silent, [replace(p, predicted_emotion=None) for p in predictions(1)])
     write_predictions(tmp_path / "naming.jsonl", predictions(2))
     out = report([f"silent={silent}", f"naming={tmp_path / 'naming.jsonl'}"], cases=5)
     choices = Page((out / "report.html").read_text(encoding="utf-8")).choices
@@ -335,8 +347,10 @@ def test_filters_offer_only_what_can_be_found(page: Page, tmp_path: Path) -> Non
 
 
 def test_the_spread_of_floors_is_told_apart(page: Page) -> None:
-    told = "training seeds (of the random floor over its draws; of retrieval only over the retrievers of those seeds)"
-    assert told in page.text
+    message = (
+        "training seeds (of the random floor over its draws; of retrieval only over the retrievers of those seeds)"
+    )
+    assert message in page.text
     assert "over samples, of the mean over all of them" in page.text
 
 
@@ -366,13 +380,13 @@ def test_two_seeds_are_too_few_to_say(page: Page) -> None:
 def test_a_sweep_of_s_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {(0, "none"): 1, (1, "none"): 4}
     folder = experiment(tmp_path, "fig6", {("none", 0): 0, ("none", 1): 1}, erm__slots=values, retriever__key="e_u")
-    found = read_experiment(folder)
-    comparison = compare_systems(found, "ELMD, s = 4")
-    (plots,) = sweeps.sweep(comparison, found, "erm.slots")
+    read = read_experiment(folder)
+    comparison = compare_systems(read, "ELMD, s = 4")
+    (plots,) = sweeps.sweep(comparison, read, "erm.slots")
     assert [name for _, name in plots.legend] == ["BLEU-4", "METEOR / 10", "ROUGE-L / 10"]
     assert plots.title.startswith("Fig. 6")
     assert "what is noise is not known" in plots.note
-    assert sweeps.sweep(comparison, found, "vision.frames") == []
+    assert sweeps.sweep(comparison, read, "vision.frames") == []
 
 
 def test_a_single_run_without_rep_or_video(tmp_path: Path) -> None:
@@ -385,8 +399,8 @@ def test_a_single_run_without_rep_or_video(tmp_path: Path) -> None:
 
 
 def test_several_experiments_share_a_page(tmp_path: Path) -> None:
-    one, other = (experiment(tmp_path, name, {("none", 0): 0}) for name in ("one", "other"))
-    out = report([str(one), str(other)], out=tmp_path / "both", cases=2)
+    first, other = (experiment(tmp_path, name, {("none", 0): 0}) for name in ("one", "other"))
+    out = report([str(first), str(other)], out=tmp_path / "both", cases=2)
     page = Page((out / "report.html").read_text(encoding="utf-8"))
     assert {"runs-0-0", "runs-1-0"} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
@@ -394,7 +408,7 @@ def test_several_experiments_share_a_page(tmp_path: Path) -> None:
     for href in page.hrefs:
         assert (out / unquote(href)).is_file() if not href.startswith("#") else href[1:] in page.ids
     with pytest.raises(DataError, match="one: is given twice"):
-        report([str(one)] * 2, out=tmp_path / "twice", cases=0)
+        report([str(first)] * 2, out=tmp_path / "twice", cases=0)
 
 
 def test_predictions_alone(tmp_path: Path) -> None:
@@ -412,11 +426,11 @@ def test_predictions_alone(tmp_path: Path) -> None:
 
 def test_human_evaluation(tmp_path: Path) -> None:
     folder = experiment(tmp_path, "rated", {("none", 0): 0})
-    one = {"mean": 4.125, "low": 3.9, "high": 4.3, "raters": {"1": 4.0, "2": 4.25}}
+    score = {"mean": 4.125, "low": 3.9, "high": 4.3, "raters": {"1": 4.0, "2": 4.25}}
     value = {"kappa": 0.41, "low": 0.2, "high": 0.6}
     study = {
         "study": "x", "seed": 0, "n": 30, "responses": 60, "raters": [1, 2], "notes": [EVIL], "warnings": [],
-        "systems": {name: {"seed": 0, "decode_seed": 0, "path": None, "R1": one, "R2": one}
+        "systems": {name: {"seed": 0, "decode_seed": 0, "path": None, "R1": score, "R2": score}
                     for name in ("ELMD", "Ground-Truth")},
         "kappa": {m: {"pairs": [{"raters": [1, 2], "unweighted": value, "quadratic": {**value, "kappa": None}}]}
                   for m in ("R1", "R2")},
@@ -439,7 +453,7 @@ def test_human_evaluation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["nowhere"], "nowhere: is no folder; name an experiment's folder, or NAME=FILE."),
         (["a=x.jsonl", "a=y.jsonl"], "a=y.jsonl: the name 'a' is given twice; give another name."),
@@ -449,18 +463,18 @@ def test_human_evaluation(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments_end_in_one_sentence(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit, match="1"):
         main([*arguments, "--out", str(tmp_path / "out")])
-    assert f"error: {told}" in capsys.readouterr().err
+    assert f"error: {message}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_cases_are_drawn_evenly_and_again_alike() -> None:
     emotions = {f"{i}": ("Happy", "Sad", "Neutral", "Neutral", "Neutral")[i % 5] for i in range(50)}
     chosen = pick(emotions, 12, seed=1)
-    assert [sum(emotions[id_] == one for id_ in chosen) for one in ("Happy", "Sad", "Neutral")] == [4, 4, 4]
+    assert [sum(emotions[id_] == emotion for id_ in chosen) for emotion in ("Happy", "Sad", "Neutral")] == [4, 4, 4]
     assert chosen == pick(emotions, 12, seed=1) != pick(emotions, 12, seed=2)
     assert chosen == sorted(chosen, key=int), "in the order of the data"
     assert len(pick(emotions, 99)) == 50
@@ -471,12 +485,12 @@ def test_pictures_take_their_colours_from_the_page() -> None:
         "a < b", [svg.Line("one", [1, 2], [1.0, 2.0]), svg.Line("$x_1$", [1, 2], [2.0, 1.0], 8)], xlabel="s"
     )
     second = svg.boxes("b", {EVIL: [1.0, 2.0, 3.0]}, xlabel="n")
-    assert all(one in first for one in ("currentColor", "var(--c1)", "var(--grid)"))
+    assert all(colour in first for colour in ("currentColor", "var(--c1)", "var(--grid)"))
     assert not {svg.INK, svg.GRID, *svg.COLOURS} & set(re.findall(r"#[0-9a-f]{6}", first))
     assert "http" not in first + second
     assert "<script>" not in second
     ids = Page(first).ids
-    assert all(one.startswith(svg.PICTURE) for one in ids)
+    assert all(id_.startswith(svg.PICTURE) for id_ in ids)
     assert len(ids) == len(set(ids)) > 0
 
 
@@ -488,8 +502,8 @@ def test_long_curves_are_means_of_runs_of_steps() -> None:
 
 
 def test_confusion_sums_seeds_and_shades_by_row() -> None:
-    one = {"rows": ["Happy", "Sad"], "columns": ["Happy", "Sad", "missing"], "counts": [[1, 3, 0], [0, 0, 0]]}
-    table = findings.confusion([one, one], "t", 2)
+    matrix = {"rows": ["Happy", "Sad"], "columns": ["Happy", "Sad", "missing"], "counts": [[1, 3, 0], [0, 0, 0]]}
+    table = findings.confusion([matrix, matrix], "t", 2)
     assert list(table.columns[1:]) == ["Happy", "Sad"]
     assert [(cell.text, cell.shade) for cell in table.rows[0][1:]] == [("2", 0.25), ("6", 0.75)]
     assert table.rows[1][1].shade == 0
@@ -500,8 +514,8 @@ def test_an_untrained_retriever_is_told(step: int, tmp_path: Path, monkeypatch: 
     folder = experiment(tmp_path, "one", {("none", 0): 0}, retriever__path=str(tmp_path))
     lay(tmp_path, "erm", "e", {}, metrics={"best_step": step})
     monkeypatch.setattr("elmd.report.embeddings.clouds", lambda *_, **__: {"e_u": {"Happy": [(0.0, 1.0)]}})
-    found = read_experiment(folder)
-    (plots,), _ = findings.vectors(found, "ELMD", Links.of(tmp_path, 0, found))
+    read = read_experiment(folder)
+    (plots,), _ = findings.vectors(read, "ELMD", Links.of(tmp_path, 0, read))
     assert ("best checkpoint on valid was the untrained one" in plots.note) == (step == 0)
 
 
@@ -514,8 +528,8 @@ def test_vectors_before_and_after_are_laid_out(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("elmd.retrieval.retriever.load_retriever", lambda path, max_tokens: path.name)
     monkeypatch.setattr("elmd.retrieval.retriever.encode", encode)
-    found = clouds(Path("model"), Path("raw"), samples(), max_tokens=8)
-    assert list(found) == ["e_u, raw encoder", "e_u after ERM", "E_s after ERM"]
-    assert all(sum(map(len, places.values())) == 28 for places in found.values())
-    assert list(found["E_s after ERM"]) == [emotion.value for emotion in EMOTIONS]
-    assert len(set(map(str, found.values()))) == 3
+    places_of = clouds(Path("model"), Path("raw"), samples(), max_tokens=8)
+    assert list(places_of) == ["e_u, raw encoder", "e_u after ERM", "E_s after ERM"]
+    assert all(sum(map(len, places.values())) == 28 for places in places_of.values())
+    assert list(places_of["E_s after ERM"]) == [emotion.value for emotion in EMOTIONS]
+    assert len(set(map(str, places_of.values()))) == 3
