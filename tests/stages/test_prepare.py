@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 
+from bad_data import CASES
 from dialogues import line, write_cped, write_jsonl, write_m3ed
+from elmd.cli import compose, guard, run
 from elmd.config import Config, DataConfig, OnMissingClip, SplitRule
 from elmd.data.audit import audit
 from elmd.data.samples import load_samples
 from elmd.engine.stage import Job
 from elmd.stages import prepare as stage
+from elmd.train import train
 from elmd.types import SPLITS
 
 
@@ -89,3 +93,43 @@ def test_a_clip_that_appears_makes_another_artifact(tmp_path: Path, kind: str) -
 def test_m3ed_depends_on_its_annotation_and_not_on_videos_beside_it(tmp_path: Path) -> None:
     folder = write_m3ed(tmp_path / "m", {"S_1": {"S_1_1": {}}}, train=["S"])
     assert set(stage.reads(config(reader="m3ed", path=str(folder))).files) == {"annotation.json", "splitInfo"}
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+#: Each format; a broken file, a broken row, a missing clip. All others leave the command line in the same way.
+SHOWN = (
+    "m3ed, cut off",
+    "cped, column missing",
+    "cped, open quote",
+    "jsonl, no number",
+    "jsonl, clip missing",
+    "jsonl, empty",
+)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_command_line_exits_with_1_and_writes_nothing(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, message = CASES[name]
+    reader, path = make(tmp_path)
+    runs = tmp_path / "runs"
+    (runs / "prepare" / "0123456789abcdef").mkdir(parents=True)
+    (runs / "prepare" / "0123456789abcdef" / "manifest.json").write_text("{}")
+    before = snapshot(runs)
+    overrides = ["stage=prepare", f"data={reader}", f"data.path={path}", "data.split=dialogue", f"runs_dir={runs}"]
+    overrides += ["data.on_missing_clip=error", "vision=none", "retriever=none", "cpu=true"]
+    with pytest.raises(SystemExit) as stopped:
+        guard(lambda: run(compose(overrides), train))
+    assert stopped.value.code == 1
+    shown = capsys.readouterr()
+    assert re.search("^error: .*" + message, shown.err, re.MULTILINE), shown.err
+    assert "Traceback" not in shown.err
+    assert "artifact:" not in shown.out
+    assert snapshot(runs) == before
