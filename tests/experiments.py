@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conftest import make_samples
+from benchmarks.tiny import make_samples
 from elmd.data.samples import save_samples
 from elmd.evaluation.predictions import Prediction, write_predictions
 from elmd.labels import Emotion

@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from conftest import ROOT, make_samples
+from benchmarks.tiny import make_samples
+from conftest import ROOT
 from elmd.cli import compose
 from elmd.config import Config
 from elmd.data.readers import DATASETS, Dataset

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from conftest import LINES, make_samples
+from benchmarks.tiny import LINES, make_samples
 from elmd.baselines.base import Baseline, Rows, TextBatch, Vocabulary, fit, generate_all
 from elmd.baselines.dialogpt import DialoGPT
 from elmd.baselines.livebot import Livebot, Sizes

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from conftest import LINES, make_demonstrations, make_samples
+from benchmarks.tiny import LINES, make_demonstrations, make_samples
 from elmd.data.encode import Encoder
 from elmd.data.examples import Examples
 from elmd.data.prompts import SLOTS, Prompt

@@ -28,7 +28,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from conftest import make_demonstrations, make_samples
+from benchmarks.tiny import make_demonstrations, make_samples
 from elmd.data.collate import IGNORED, WORTHWHILE, Batch, bin_pack, collate, shared_beginning
 from elmd.data.encode import Encoded, Encoder
 from elmd.data.examples import Examples, shuffled

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from conftest import make_samples
+from benchmarks.tiny import make_samples
 from elmd.cli import compose
 from elmd.data.audit import audit
 from elmd.data.samples import save_samples
