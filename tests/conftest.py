@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,20 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("needs ../shared (real dialogues and clips), which is not part of the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pairs() -> tuple[list[str], list[str]]:
+    """120 hypotheses and references that share words, with short, long, empty, equal and spaced ones among them."""
+    words = [*"我你好不了啊吗呢，。？！", "今天", "明天", "高兴", "难过", "怎么", "好的", "谢谢", "OK"]
+    rng = random.Random(7)
+    references = ["".join(rng.choices(words, k=rng.randint(1, 15))) for _ in range(120)]
+    hypotheses = [
+        "".join(rng.choice(words) if rng.random() < 0.5 else c for c in reference) for reference in references
+    ]
+    hypotheses[:6] = ["", " \u3000", references[2], "好", "好 的 。", " " + references[5] + "\n"]
+    references[4] = "好的。"
+    return hypotheses, references
 
 
 @pytest.fixture(scope="session")
