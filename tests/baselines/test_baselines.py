@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 
 from benchmarks.tiny import LINES, make_samples
-from elmd.baselines.base import Baseline, Rows, TextBatch, Vocabulary, fit, generate_all
+from elmd.baselines.base import Baseline, Rows, TextBatch, fit, generate_all
 from elmd.baselines.dialogpt import DialoGPT
 from elmd.baselines.livebot import Livebot, Sizes
+from elmd.baselines.vocabulary import Vocabulary
 from elmd.cli import compose
 from elmd.config import BootstrapText
 from elmd.data.samples import save_samples

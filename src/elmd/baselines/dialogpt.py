@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from elmd.baselines.base import Baseline, NextLogits, TextBatch, Vocabulary
+from elmd.baselines.base import Baseline, NextLogits, TextBatch
+from elmd.baselines.vocabulary import Vocabulary
 from elmd.data.collate import IGNORED
 
 

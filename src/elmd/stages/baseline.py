@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elmd.baselines.base import VOCABULARY, Baseline, Rows, Vocabulary, fit
+from elmd.baselines.base import Baseline, Rows, fit
 from elmd.baselines.dialogpt import DialoGPT
 from elmd.baselines.livebot import Livebot, Sizes
+from elmd.baselines.vocabulary import VOCABULARY, Vocabulary
 from elmd.config import BaselineName, Config, Sampling, VisionKind
 from elmd.data.examples import Features, no_features, shuffled
 from elmd.data.samples import load_samples
