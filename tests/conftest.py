@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -88,3 +88,20 @@ def full_pack(runs: Runs, tmp_path: Path) -> Path:
     from trained_runs import pack_of
 
     return pack_of(runs("full")[0], tmp_path / "pack")
+
+
+@pytest.fixture(scope="module")
+def llm(llm_folder: Path) -> Any:
+    """The tiny language model and its tokenizer."""
+    from elmd.models.llm import load_llm
+
+    return load_llm(llm_folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(llm: Any) -> Any:
+    """That of the tiny language model, with the prompt of `tiny_elmd`."""
+    from elmd.data.encode import Encoder
+    from tiny_elmd import PROMPT
+
+    return Encoder(llm[1], PROMPT, 200, 40)

@@ -151,7 +151,7 @@ def test_ablations_share_what_they_do_not_change(runs: Path, chain: dict[str, Pa
 def test_a_stage_killed_in_a_step_and_at_its_very_end_resumes_exactly(
     runs: Path, chain: dict[str, Path], stage: str, weights: str, tmp_path: Path
 ) -> None:
-    """All points where the loop may be killed: `tests/training/test_training.py`."""
+    """All points where the loop may be killed: `tests/training/test_loop.py`."""
     again, script = tmp_path / "runs", str(ROOT / "tests" / "killed_train.py")
     shutil.copytree(runs, again, ignore=shutil.ignore_patterns(stage, "experiments"))
     run(again, f"stage={stage}", module=script, code=-9, kill_at="step:5")
