@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -283,7 +284,8 @@ def _hash(file: Path, root: Path) -> str:
             logged = {key: x for key, x in json.loads(line).items() if key in LOGGED or key.startswith("valid/")}
             found.update((json.dumps(logged, sort_keys=True) + "\n").encode())
     else:
-        found.update(file.read_bytes().replace(str(root).encode(), b""))
+        text = file.read_bytes().replace(str(root).encode(), b"")
+        found.update(re.sub(rb"(bootstrap/world)/[0-9a-f]+", rb"\1", text))  # where the clips of the tiny world lie
     return found.hexdigest()
 
 
