@@ -109,8 +109,7 @@ def run(cfg: Config, action: Action) -> None:
         log.logger.info("job %s of the sweep: %s", HydraConfig.get().job.num, HydraConfig.get().job.override_dirname)
     # peft still asks transformers under the old name; nothing a user could do about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-    # Small tensors gain nothing from a second thread, and lose much on a busy machine.
-    if threads := cfg.threads if cfg.threads is not None else int(cfg.llm.path == BOOTSTRAP):
+    if (threads := cpu_threads(cfg)) is not None:
         torch.set_num_threads(threads)
     # The others wait for hours where rank 0 works alone, or for another job's lock.
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=6))
@@ -122,6 +121,15 @@ def run(cfg: Config, action: Action) -> None:
             fix="add cpu=true to run them on CPU, or start one process",
         )
     action(cfg, accelerator)
+
+
+def cpu_threads(cfg: Config) -> int | None:
+    """Threads of torch on the CPU; None leaves torch's own choice.
+
+    With the stand-in for the language model it is one unless the user says otherwise: small tensors gain nothing from a
+    second thread, and two that wait for each other on a busy machine can take fifty times as long.
+    """
+    return 1 if cfg.threads is None and cfg.llm.path == BOOTSTRAP else cfg.threads
 
 
 def leave() -> None:

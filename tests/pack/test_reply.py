@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 import clips
+import elmd.models.decode
 import elmd.pack.model
 import elmd.reply
 import elmd.stages.generate
@@ -55,7 +56,7 @@ def test_a_pack_gives_the_ids_of_stage_generate(
     artifacts = json.loads((folder / "artifacts.json").read_text(encoding="utf-8"))["artifacts"]
     upstream = {name: folder / path for name, path in artifacts.items()}
     job = Job(tmp_path, {**upstream, "generator": upstream["eerg"]}, Accelerator(cpu=True))
-    theirs = spied(monkeypatch, elmd.stages.generate)
+    theirs = spied(monkeypatch, elmd.models.decode)
     elmd.stages.generate.run(cfg, job)
 
     ours = spied(monkeypatch, elmd.pack.model)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from elmd.cli import compose
+from elmd.cli import compose, cpu_threads
 from elmd.config import Config, Key
 from elmd.engine.keys import described, plain
 from elmd.errors import ConfigError
@@ -97,13 +97,15 @@ def test_visualglm_is_elmd_configured_otherwise(experiment: str) -> None:
         (["experiment=demo"], 1),
         (["experiment=cped_tiny"], 1),
         (["experiment=demo_table2", "baseline=livebot_tiny"], 1),
-        (["experiment=demo", "threads=0"], 0),
-        (["experiment=table2_m3ed"], 0),
+        (["experiment=demo", "threads=2"], 2),
+        (["experiment=table2_m3ed"], None),
+        (["experiment=table2_m3ed", "threads=4"], 4),
     ],
 )
-def test_tiny_models_run_with_one_thread_unless_told_otherwise(choices: list[str], threads: int) -> None:
+def test_tiny_models_run_with_one_thread_unless_told_otherwise(choices: list[str], threads: int | None) -> None:
     for command in ("train", "evaluate"):
-        assert compose([*choices, *GIVEN], command).threads == threads
+        given = GIVEN if "experiment=table2_m3ed" in choices else ["data.path=x"]
+        assert cpu_threads(compose([*choices, *given], command)) == threads
 
 
 @pytest.mark.parametrize("ablation", DECLARED)

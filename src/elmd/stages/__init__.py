@@ -1,4 +1,8 @@
-"""The stages, one file each: what it reads (`reads`), and what it does (`run`), from top to bottom."""
+"""The stages, one file each: what it reads (`reads`), and what it does (`run`), from top to bottom.
+
+Libraries that take seconds to import are imported in the functions that need them, so that a chain that is up to date
+is reported at once.
+"""
 
 from __future__ import annotations
 

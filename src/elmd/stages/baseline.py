@@ -6,14 +6,11 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from elmd.baselines.base import Baseline, Rows, fit
-from elmd.baselines.dialogpt import DialoGPT
-from elmd.baselines.livebot import Livebot, Sizes
-from elmd.baselines.vocabulary import VOCABULARY, Vocabulary
 from elmd.config import BaselineName, Config, Sampling, VisionKind
 from elmd.data.examples import Features, no_features, shuffled
 from elmd.data.samples import load_samples
@@ -24,6 +21,10 @@ from elmd.stages.parts import shuffling
 from elmd.training.plan import Plan
 from elmd.types import Sample
 from elmd.vision.store import FeatureStore
+
+if TYPE_CHECKING:
+    from elmd.baselines.base import Baseline, Rows
+    from elmd.baselines.vocabulary import Vocabulary
 
 
 def reads(cfg: Config) -> Inputs:
@@ -73,6 +74,9 @@ def frame_rows(cfg: Config) -> int | None:
 
 def run(cfg: Config, job: Job) -> Outcome:
     """Writes `config.json` and `model.safetensors` (DialoGPT: of transformers' GPT-2), and `vocab.txt`."""
+    from elmd.baselines.base import fit
+    from elmd.baselines.vocabulary import VOCABULARY, Vocabulary
+
     baseline = cfg.baseline
     samples = load_samples(job.upstream["prepare"] / "samples.jsonl")
     train = [sample for sample in samples if sample.split == "train"]
@@ -141,6 +145,9 @@ def run(cfg: Config, job: Job) -> Outcome:
 
 def create(cfg: Config, vocabulary: Vocabulary, width: int) -> Baseline:
     """The model of a configuration, with random weights; `width` is q of the frame features, 0 without video."""
+    from elmd.baselines.dialogpt import DialoGPT
+    from elmd.baselines.livebot import Livebot, Sizes
+
     sizes = cfg.baseline
     if sizes.name is BaselineName.dialogpt:
         return DialoGPT.create(
@@ -168,12 +175,18 @@ def create(cfg: Config, vocabulary: Vocabulary, width: int) -> Baseline:
 
 def load(cfg: Config, folder: Path) -> tuple[Baseline, Vocabulary]:
     """A trained model and its vocabulary."""
+    from elmd.baselines.dialogpt import DialoGPT
+    from elmd.baselines.livebot import Livebot
+    from elmd.baselines.vocabulary import VOCABULARY, Vocabulary
+
     kind = DialoGPT if cfg.baseline.name is BaselineName.dialogpt else Livebot
     return kind.load(folder), Vocabulary.load(folder / VOCABULARY)
 
 
 def rows_for(cfg: Config, model: Baseline, vocabulary: Vocabulary, video: Features, width: int) -> partial[Rows]:
     """What makes samples ready for a model: `(samples, with_reply=…)`."""
+    from elmd.baselines.base import Rows
+
     return partial(
         Rows,
         vocabulary=vocabulary,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from elmd.config import AdapterKind, Config, EergConfig, ProjectorInit
 from elmd.data.prompts import Task
@@ -13,13 +13,15 @@ from elmd.engine.stage import Inputs, Job, Outcome
 from elmd.errors import CheckpointError
 from elmd.log import table
 from elmd.models import PROJECTOR
-from elmd.models.adapter import Adapter, Lora, Prefix, load_adapter
-from elmd.models.elmd import Elmd
 from elmd.models.projector import Projector
 from elmd.stages.parts import load_parts, place, reads_parts
 from elmd.training.loop import fit
 from elmd.training.plan import Plan
-from elmd.training.tokens import ElmdObjective, token_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from elmd.models.adapter import Adapter
 
 
 def task_of(cfg: Config) -> Task:
@@ -29,6 +31,8 @@ def task_of(cfg: Config) -> Task:
 
 def create_adapter(llm: PreTrainedModel, eerg: EergConfig) -> Adapter | None:
     """The adapter that the configuration says, None for a projector alone."""
+    from elmd.models.adapter import Lora, Prefix, load_adapter
+
     kinds = {AdapterKind.prefix: Prefix, AdapterKind.lora: Lora}
     if eerg.adapter_from is not None and eerg.adapter in kinds:
         adapter = load_adapter(llm, Path(eerg.adapter_from), trainable=True, dropout=eerg.prefix_dropout)
@@ -61,6 +65,9 @@ def starts_from_rep(cfg: Config) -> bool:
 
 
 def run(cfg: Config, job: Job) -> Outcome:
+    from elmd.models.elmd import Elmd
+    from elmd.training.tokens import ElmdObjective, token_loss
+
     parts = load_parts(cfg, job)
     torch.manual_seed(cfg.seed)
     projector = None

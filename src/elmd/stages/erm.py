@@ -14,9 +14,7 @@ from elmd.engine.stage import Inputs, Job, Outcome
 from elmd.errors import ConfigError, DataError
 from elmd.labels import EMOTIONS
 from elmd.log import table
-from elmd.retrieval.retriever import add_separation, cut_texts, load_retriever
 from elmd.stages.checkpoints import checkpoint, checkpoint_path
-from elmd.training.contrast import Erm
 from elmd.training.loop import fit
 from elmd.training.plan import Plan
 from elmd.types import SPLITS, Sample
@@ -38,6 +36,9 @@ def reads(cfg: Config) -> Inputs:
 
 def run(cfg: Config, job: Job) -> Outcome:
     # 1. Data, and the raw encoder with a new self-separation.
+    from elmd.retrieval.retriever import add_separation, cut_texts, load_retriever
+    from elmd.training.contrast import Erm
+
     samples = load_samples(job.upstream["prepare"] / "samples.jsonl")
     splits: dict[str, list[Sample]] = {split: [s for s in samples if s.split == split] for split in SPLITS}
     path = checkpoint_path("retriever", cfg.retriever.path, job)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elmd.baselines import base as baselines
 from elmd.config import BaselineName, Config
 from elmd.data.prompts import SLOTS, Prompt
 from elmd.data.samples import load_samples
@@ -16,8 +15,6 @@ from elmd.evaluation.jobs import PREDICTIONS
 from elmd.evaluation.predictions import Prediction, write_predictions
 from elmd.labels import Emotion
 from elmd.log import table
-from elmd.models.decode import generate_all
-from elmd.models.elmd import Elmd
 from elmd.stages import baseline
 from elmd.stages.eerg import task_of
 from elmd.stages.parts import load_parts, place, reads_parts
@@ -116,6 +113,9 @@ def run(cfg: Config, job: Job) -> Outcome:
 
 def _elmd(cfg: Config, job: Job) -> Author:
     """ELMD, and VisualGLM of its parts."""
+    from elmd.models.decode import generate_all
+    from elmd.models.elmd import Elmd
+
     parts = load_parts(cfg, job)
     # The prompt is the one that the model was trained with, whatever the configuration says now.
     parts.encoder.prompt = Prompt.load(job.upstream["generator"] / "prompt.json")
@@ -158,6 +158,8 @@ def _elmd(cfg: Config, job: Job) -> Author:
 
 def _baseline(cfg: Config, job: Job) -> Author:
     """DialoGPT or Livebot: they read the dialogue's text (and frames), name no emotion and see no demonstration."""
+    from elmd.baselines import base as baselines
+
     all_splits = load_samples(job.upstream["prepare"] / "samples.jsonl")
     samples = [sample for sample in all_splits if sample.split == cfg.generate.split]
     model, vocabulary = baseline.load(cfg, job.upstream["generator"])

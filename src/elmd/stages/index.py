@@ -18,7 +18,6 @@ from elmd.errors import ConfigError, DataError
 from elmd.log import logger, table
 from elmd.retrieval.demonstrations import DEMONSTRATIONS, demonstrations, save_demonstrations
 from elmd.retrieval.index import Index, Queries
-from elmd.retrieval.retriever import encode, load_retriever
 from elmd.retrieval.search import load_faiss
 from elmd.retrieval.strategy import STRATEGIES, Settings
 from elmd.types import SPLITS, Demonstration, Sample, Utterance
@@ -35,6 +34,8 @@ def reads(cfg: Config) -> Inputs:
 
 
 def run(cfg: Config, job: Job) -> Outcome:
+    from elmd.retrieval.retriever import encode, load_retriever
+
     if not job.accelerator.is_main_process:
         return Outcome()
     # 1. Samples and the vectors of their utterances; those of the training split are the index.

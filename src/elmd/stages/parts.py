@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from elmd.config import Checkpointing, Config, PromptConfig
 from elmd.data.encode import Encoder
@@ -20,16 +19,16 @@ from elmd.engine.stage import Inputs, Job
 from elmd.errors import ArtifactError, CheckpointError
 from elmd.labels import EMOTIONS, WORDS, Emotion
 from elmd.log import logger
-from elmd.models.adapter import Lora
-from elmd.models.elmd import Elmd
-from elmd.models.llm import load_llm
-from elmd.models.memory import needs_checkpointing
-from elmd.models.sharding import shard, sharding
 from elmd.retrieval.demonstrations import DEMONSTRATIONS, load_demonstrations
 from elmd.stages.checkpoints import checkpoint, checkpoint_path
-from elmd.training.tokens import ElmdObjective
 from elmd.types import Demonstration, Sample, Utterance
 from elmd.vision.store import FeatureStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from elmd.models.elmd import Elmd
+    from elmd.training.tokens import ElmdObjective
 
 
 def reads_parts(cfg: Config) -> Inputs:
@@ -96,6 +95,9 @@ class Parts:
 
     def checkpointing(self, cfg: Config, objective: ElmdObjective, steps: int) -> bool:
         """Whether to checkpoint activations: as configured; `auto`: if the largest micro-batch would not fit."""
+        from elmd.models.adapter import Lora
+        from elmd.models.memory import needs_checkpointing
+
         if cfg.llm.checkpointing is not Checkpointing.auto:
             return cfg.llm.checkpointing is Checkpointing.always
         model = objective.model
@@ -127,6 +129,9 @@ class Parts:
 
 def load_parts(cfg: Config, job: Job) -> Parts:
     """Read it all from the upstream artifacts."""
+    from elmd.models.llm import load_llm
+    from elmd.models.sharding import sharding
+
     samples = load_samples(job.upstream["prepare"] / "samples.jsonl")
     demonstrations = load_demonstrations(job.upstream["index"] / DEMONSTRATIONS) if cfg.retrieves else {}
     features: Features = no_features
@@ -163,6 +168,8 @@ def check_ids(tokenizer: Any, config: PreTrainedConfig, path: str | Path | None)
 
 def place(model: Elmd, accelerator: Accelerator) -> Elmd:
     """The whole model on its device; where the launcher asks for it, with the frozen weights shared out over ranks."""
+    from elmd.models.sharding import shard, sharding
+
     if sharding(accelerator):
         shard(model.llm, accelerator)
     return model.to(accelerator.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,15 +17,15 @@ from elmd.errors import CheckpointError, ConfigError
 from elmd.labels import EMOTIONS
 from elmd.log import logger, table
 from elmd.metrics.emotion import emotion_scores
-from elmd.models.decode import predict_emotions
-from elmd.models.elmd import Elmd
 from elmd.models.projector import Projector
 from elmd.plots import confusion
 from elmd.stages.parts import Parts, load_parts, place, reads_parts
 from elmd.training.loop import fit
 from elmd.training.plan import Plan
-from elmd.training.tokens import ElmdObjective
 from elmd.types import Sample
+
+if TYPE_CHECKING:
+    from elmd.models.elmd import Elmd
 
 
 def reads(cfg: Config) -> Inputs:
@@ -43,6 +44,9 @@ def reads(cfg: Config) -> Inputs:
 
 
 def run(cfg: Config, job: Job) -> Outcome:
+    from elmd.models.elmd import Elmd
+    from elmd.training.tokens import ElmdObjective
+
     parts = load_parts(cfg, job)
     torch.manual_seed(cfg.seed)
     start = cfg.rep.projector_from
@@ -133,6 +137,8 @@ def _finish(model: Elmd, parts: Parts, cfg: Config, job: Job) -> Outcome:
 
 def _scores(model: Elmd, parts: Parts, examples: Examples, cfg: Config, job: Job) -> dict:
     """Accuracy, F1 and confusion over `examples`, and the same within each tag of their utterances."""
+    from elmd.models.decode import predict_emotions
+
     gold = [sample.response.emotion for sample in examples.samples]
     numbers = predict_emotions(model, examples, parts.words, cfg.rep.micro_tokens, job.accelerator, "predict emotions")
     predicted = [EMOTIONS[i] for i in numbers]
