@@ -61,7 +61,7 @@ def command(name: str, action: Action, *, checked: bool = True) -> Callable[[], 
         # Hydra's argument parser refuses overrides on both sides of -m, which is how people type a sweep.
         sweep = [argument for argument in sys.argv[1:] if argument in ("-m", "--multirun")]
         sys.argv[1:] = sweep + [argument for argument in sys.argv[1:] if argument not in sweep]
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra tells its errors itself, at length
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra prints its errors itself, at length
         guard(main)
         leave()
 
@@ -76,15 +76,15 @@ def compose(overrides: Sequence[str] = (), name: str = "train") -> Config:
 
 
 def typed(raw: DictConfig, *, checked: bool = True) -> Config:
-    """Composed YAML as the dataclass, with the rules between fields checked unless told otherwise.
+    """Composed YAML as the dataclass, with the rules between fields checked by default.
 
     Raises:
         ConfigError: a value is missing or contradicts another.
     """
     # `+key=value` gets past the schema; a key that nothing reads must not look as if it had worked.
-    known = OmegaConf.structured(Config)
-    for key in sorted(set(_keys(raw)) - set(_keys(known))):
-        raise _unknown(key, known)
+    schema = OmegaConf.structured(Config)
+    for key in sorted(set(_keys(raw)) - set(_keys(schema))):
+        raise _unknown(key, schema)
     try:
         cfg = OmegaConf.to_object(raw)
     except OmegaConfBaseException as error:
@@ -163,48 +163,48 @@ def guard(act: Callable[[], Any]) -> None:
             if peer_died(error):
                 error = TrainingError(
                     "another process of this run died",
-                    fix="see what it said itself, and run the same command to go on",
+                    fix="see its own error, and run the same command to resume",
                 )
-        told = (
+        message = (
             str(error)
             if isinstance(error, ElmdError)
             else f"{type(error).__name__}: {error}\nThis looks like a bug in ELMD; ELMD_DEBUG=1 shows where."
         )
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
 
 
 def composition_error(error: Exception) -> ConfigError:
-    """What Hydra says of a command line, as one sentence."""
+    """Hydra's error about a command line, as one sentence."""
     text = str(error)
-    if found := re.match(r"Could not override '([^']+)'", text):
-        return _unknown(found[1], OmegaConf.structured(Config))
-    if found := re.search(r"Could not find '([^']+)'", text):
-        group, _, choice = found[1].rpartition("/")
+    if match := re.match(r"Could not override '([^']+)'", text):
+        return _unknown(match[1], OmegaConf.structured(Config))
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, choice = match[1].rpartition("/")
         choices = ", ".join(sorted(path.stem for path in (config_dir() / group).glob("*.yaml")))
         return ConfigError(f"there is no choice {choice!r}", where=group, fix=f"choose from {choices}")
-    if found := re.match(r"Error merging override ([^=]+)=", text):
-        return ConfigError(str(error.__cause__).splitlines()[0].rstrip("."), where=found[1], fix="see --help")
-    told = [line for line in text.splitlines() if line.strip()]
-    where = next((line.split(":", 1)[1].strip() for line in told if line.strip().startswith("full_key")), None)
-    return ConfigError(told[0].rstrip("."), where=where, fix="see --help, or --cfg job for every key")
+    if match := re.match(r"Error merging override ([^=]+)=", text):
+        return ConfigError(str(error.__cause__).splitlines()[0].rstrip("."), where=match[1], fix="see --help")
+    lines = [line for line in text.splitlines() if line.strip()]
+    where = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key")), None)
+    return ConfigError(lines[0].rstrip("."), where=where, fix="see --help, or --cfg job for every key")
 
 
-def _unknown(key: str, known: DictConfig) -> ConfigError:
-    near = difflib.get_close_matches(key, _keys(known), n=1)
+def _unknown(key: str, schema: DictConfig) -> ConfigError:
+    near = difflib.get_close_matches(key, _keys(schema), n=1)
     fix = f"did you mean {near[0]}" if near else "--cfg job prints every key"
     return ConfigError(f"there is no key {key!r}", where="configuration", fix=fix)
 
 
 def _keys(node: DictConfig, prefix: str = "") -> list[str]:
     """Every key below `node`, dotted."""
-    found = []
+    names = []
     for key in node:
-        name = prefix + str(key)
-        found.append(name)
+        dotted = prefix + str(key)
+        names.append(dotted)
         if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
-            found += _keys(node[key], name + ".")
-    return found
+            names += _keys(node[key], dotted + ".")
+    return names
 
 
 def experiment_folder(cfg: Config) -> Path:
@@ -253,7 +253,7 @@ def _multirun() -> bool:
 
 
 def job_name(job: str) -> str:
-    """The folder of a job: file systems take names of 255 bytes, and what does not fit is told apart by its digest."""
+    """The folder of a job: file systems take names of 255 bytes, and a longer name ends in its digest instead."""
     if len(job.encode()) <= LONGEST:
         return job
     # What a reader looks for must not fall into the part that is cut.

@@ -12,15 +12,15 @@ Series = dict[str, tuple[list[int], list[float]]]
 
 def series(metrics: Path) -> Series:
     """What a reader would look at in a `metrics.jsonl`: the loss and the validation metrics."""
-    found: Series = {}
+    lines: Series = {}
     for line in metrics.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         for key, value in entry.items():
             if key == "loss" or key.startswith("valid/"):
-                steps, values = found.setdefault(key, ([], []))
+                steps, values = lines.setdefault(key, ([], []))
                 steps.append(entry["step"])
                 values.append(value)
-    return found
+    return lines
 
 
 def curves(metrics: Path, out: Path, *, title: str) -> None:
@@ -30,15 +30,15 @@ def curves(metrics: Path, out: Path, *, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = series(metrics)
-    columns = min(4, max(1, len(found)))
-    rows = -(-max(1, len(found)) // columns)
+    lines = series(metrics)
+    columns = min(4, max(1, len(lines)))
+    rows = -(-max(1, len(lines)) // columns)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False, constrained_layout=True
     )
-    for axis in axes.flat[len(found) :]:
+    for axis in axes.flat[len(lines) :]:
         axis.set_visible(False)
-    for axis, (key, (steps, values)) in zip(axes.flat, found.items(), strict=False):
+    for axis, (key, (steps, values)) in zip(axes.flat, lines.items(), strict=False):
         few = len(steps) < 40
         axis.plot(steps, values, marker="o" if few else None, markersize=3, alpha=1 if few else 0.3)
         if not few:  # the loss of single batches is noise; its running mean is what people look for

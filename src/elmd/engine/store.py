@@ -126,13 +126,13 @@ class Store:
         if stat.st_size < _REMEMBER:
             return {"bytes": stat.st_size, "sha256": sha256(path)}
         memory = self.root / ".hashes.json"
-        known: dict[str, Any] = read_json(memory) if memory.is_file() else {}
+        hashes: dict[str, Any] = read_json(memory) if memory.is_file() else {}
         key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
-        if known.get(key, {}).get("stamp") != stamp:
+        if hashes.get(key, {}).get("stamp") != stamp:
             logger.info("hashing %s (%.1f GB, once)", path, stat.st_size / 1e9)
-            known[key] = {"stamp": stamp, "sha256": sha256(path)}
-            write_json(memory, known)
-        return {"bytes": stat.st_size, "sha256": known[key]["sha256"]}
+            hashes[key] = {"stamp": stamp, "sha256": sha256(path)}
+            write_json(memory, hashes)
+        return {"bytes": stat.st_size, "sha256": hashes[key]["sha256"]}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

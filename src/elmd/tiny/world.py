@@ -1,10 +1,10 @@
 """The tiny world: Chinese two-person dialogues and clips of drawn faces, made from a seed.
 
-It is built so that each part of the method has something to do, and so that what can be known is known:
+It is built so that each part of the method has something to do, and so that the best accuracy is known:
 
 - A speaker's emotion shows in the words of about half the turns (tag `text_shows`); in the others it is in the face
   alone (`text_hides`). The face always shows it.
-- The emotion of a reply is a function of the emotion it answers and of the relation told in the background (`RULES`),
+- The emotion of a reply is a function of the emotion it answers and of the relation named in the background (`RULES`),
   but for a share `NOISE` of replies whose emotion is drawn among the other six. So 1 - NOISE is the ceiling.
 - A reply opens with a turn of speech that depends on the emotion it answers. Which one is a habit of the world
   (`Habits`), so a demonstration that answers a like emotion shows it. Topics are independent of emotions.
@@ -165,10 +165,10 @@ def dialogue(
                 tags=(HIDES_TAG if hides else SHOWS_TAG,),
             )
         )
-    told = draw.choice(BACKGROUNDS).format(
+    background = draw.choice(BACKGROUNDS).format(
         a=names[0], b=names[1], relation=draw.choice(RELATIONS[relation]), topic=topic
     )
-    return Dialogue(id_, show, tuple(utterances), told, split)
+    return Dialogue(id_, show, tuple(utterances), background, split)
 
 
 def topic_of(text: str) -> str:
@@ -220,10 +220,10 @@ def write_world(folder: Path, seed: int, sizes: dict[Split, int]) -> dict[str, A
     clips = folder / "clips"
     clips.mkdir(parents=True, exist_ok=True)
     lines = []
-    for one in progress(made, "world", unit="dialogue"):
-        cast = {name: Actor(Random(f"{seed}-{one.id}-{name}")) for name in {u.speaker for u in one.utterances}}
+    for dialogue in progress(made, "world", unit="dialogue"):
+        cast = {name: Actor(Random(f"{seed}-{dialogue.id}-{name}")) for name in {u.speaker for u in dialogue.utterances}}
         records = []
-        for utterance in one.utterances:
+        for utterance in dialogue.utterances:
             record: dict[str, Any] = {
                 "id": utterance.id,
                 "speaker": utterance.speaker,
@@ -231,7 +231,7 @@ def write_world(folder: Path, seed: int, sizes: dict[Split, int]) -> dict[str, A
                 "emotion": utterance.emotion.value,
                 "tags": list(utterance.tags),
             }
-            if utterance is not one.utterances[-1]:
+            if utterance is not dialogue.utterances[-1]:
                 record["clip"] = f"clips/{utterance.id}.mp4"
                 path = folder / record["clip"]
                 if not path.is_file():
@@ -242,10 +242,10 @@ def write_world(folder: Path, seed: int, sizes: dict[Split, int]) -> dict[str, A
             records.append(record)
         lines.append(
             {
-                "id": one.id,
-                "show": one.show,
-                "split": one.split,
-                "background": one.background,
+                "id": dialogue.id,
+                "show": dialogue.show,
+                "split": dialogue.split,
+                "background": dialogue.background,
                 "utterances": records,
             }
         )
@@ -266,11 +266,11 @@ def describe_world(seed: int, made: Iterable[Dialogue]) -> dict[str, Any]:
     samples: Counter[str] = Counter()
     hiding: Counter[str] = Counter()
     count: Counter[str] = Counter()
-    for one in made:
-        split = str(one.split)
+    for dialogue in made:
+        split = str(dialogue.split)
         count[split] += 1
-        samples[split] += len(one.utterances) - 1
-        hiding[split] += sum(HIDES_TAG in u.tags for u in one.utterances[:-1])
+        samples[split] += len(dialogue.utterances) - 1
+        hiding[split] += sum(HIDES_TAG in u.tags for u in dialogue.utterances[:-1])
     best = []
     for rule in RULES.values():
         share = {e: sum((1 - NOISE) if r is e else NOISE / 6 for r in rule) / len(rule) for e in EMOTIONS}
