@@ -220,10 +220,10 @@ def write_world(folder: Path, seed: int, sizes: dict[Split, int]) -> dict[str, A
     clips = folder / "clips"
     clips.mkdir(parents=True, exist_ok=True)
     lines = []
-    for dialogue in progress(made, "world", unit="dialogue"):
-        cast = {name: Actor(Random(f"{seed}-{dialogue.id}-{name}")) for name in {u.speaker for u in dialogue.utterances}}
+    for talk in progress(made, "world", unit="dialogue"):
+        cast = {name: Actor(Random(f"{seed}-{talk.id}-{name}")) for name in {u.speaker for u in talk.utterances}}
         records = []
-        for utterance in dialogue.utterances:
+        for utterance in talk.utterances:
             record: dict[str, Any] = {
                 "id": utterance.id,
                 "speaker": utterance.speaker,
@@ -231,7 +231,7 @@ def write_world(folder: Path, seed: int, sizes: dict[Split, int]) -> dict[str, A
                 "emotion": utterance.emotion.value,
                 "tags": list(utterance.tags),
             }
-            if utterance is not dialogue.utterances[-1]:
+            if utterance is not talk.utterances[-1]:
                 record["clip"] = f"clips/{utterance.id}.mp4"
                 path = folder / record["clip"]
                 if not path.is_file():
@@ -242,10 +242,10 @@ def write_world(folder: Path, seed: int, sizes: dict[Split, int]) -> dict[str, A
             records.append(record)
         lines.append(
             {
-                "id": dialogue.id,
-                "show": dialogue.show,
-                "split": dialogue.split,
-                "background": dialogue.background,
+                "id": talk.id,
+                "show": talk.show,
+                "split": talk.split,
+                "background": talk.background,
                 "utterances": records,
             }
         )
@@ -266,11 +266,11 @@ def describe_world(seed: int, made: Iterable[Dialogue]) -> dict[str, Any]:
     samples: Counter[str] = Counter()
     hiding: Counter[str] = Counter()
     count: Counter[str] = Counter()
-    for dialogue in made:
-        split = str(dialogue.split)
+    for talk in made:
+        split = str(talk.split)
         count[split] += 1
-        samples[split] += len(dialogue.utterances) - 1
-        hiding[split] += sum(HIDES_TAG in u.tags for u in dialogue.utterances[:-1])
+        samples[split] += len(talk.utterances) - 1
+        hiding[split] += sum(HIDES_TAG in u.tags for u in talk.utterances[:-1])
     best = []
     for rule in RULES.values():
         share = {e: sum((1 - NOISE) if r is e else NOISE / 6 for r in rule) / len(rule) for e in EMOTIONS}
