@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.ways import step_flops
 from conftest import ROOT
-from elmd.config import EergConfig, GenerateConfig, PromptConfig, RepConfig, VisionConfig
+from elmd.config import EergConfig, GenerateConfig, LlmConfig, RepConfig, VisionConfig
 from elmd.convert.chatglm2 import CHATGLM2_6B, native_config
 
 WAYS = {
@@ -214,7 +214,7 @@ def test_its_sizes_are_those_of_the_configuration(bench: ModuleType, samples: Mo
     assert (scale.prefix, scale.batch, scale.micro_tokens) == (eerg.prefix_length, eerg.batch_size, eerg.micro_tokens)
     assert (scale.batch, scale.micro_tokens) == (rep.batch_size, rep.micro_tokens)
     assert (scale.frames, bench.FRAMES_PER_CLIP) == (VisionConfig.batch_frames, VisionConfig.frames)
-    assert PromptConfig.max_target_tokens == samples.LONGEST_TARGET
+    assert LlmConfig.max_target_tokens == samples.LONGEST_TARGET
     replies = gpu_parts.TOP_P, gpu_parts.TEMPERATURE, gpu_parts.LONGEST_REPLY, gpu_parts.BATCH_TOKENS
     default = GenerateConfig()
     assert replies == (default.top_p, default.temperature, default.max_new_tokens, default.batch_tokens)

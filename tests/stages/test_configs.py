@@ -287,7 +287,12 @@ def test_mistakes_on_the_command_line_are_told_in_short(arguments: list[str], me
 def test_doctor_names_what_is_missing(tmp_path: Path) -> None:
     done = command("experiment=table2_m3ed", "data.path=m3ed", cwd=tmp_path, module="elmd.doctor")
     assert done.returncode == 1
-    for word in ("llm.path is not set", "data.video_root is not set", "annotation.json", "things missing"):
+    for word in (
+        "llm.path: llm=chatglm2_6b names no",
+        "data.video_root: no folder",
+        "m3ed: not there",
+        "things missing",
+    ):
         assert word in " ".join(done.stderr.split()), word
     done = command("experiment=demo", cwd=tmp_path, module="elmd.doctor")
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from random import Random
+
 import hydra
 import pytest
 import yaml
@@ -27,20 +30,37 @@ def stated(group: str, choice: str) -> dict:
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{choice}.yaml"))
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_no_choice_of_another_group_changes_what_a_file_states(group: str) -> None:
-    assert CHOICES[group]
-    others = [f"{other}={choice}" for other in GROUPS if other != group for choice in CHOICES[other]]
-    for choice in CHOICES[group]:
-        assert "@package" not in (CONFIGS / group / f"{choice}.yaml").read_text(encoding="utf-8").partition("\n")[0]
-        wanted = stated(group, choice)
-        # One composition has a choice of every other group; each choice of each occurs in one.
-        rounds = max(len(CHOICES[other]) for other in GROUPS if other != group)
-        for number in range(rounds):
-            beside = [f"{o}={CHOICES[o][number % len(CHOICES[o])]}" for o in GROUPS if o != group]
-            values = composed(f"{group}={choice}", *beside)[group]
-            assert {key: values[key] for key in wanted} == wanted, (group, choice, beside)
-    assert len(others) >= 10
+def covering() -> list[dict[str, str]]:
+    """Combinations of a choice of each group in which every two choices of different groups occur together."""
+    missing = {frozenset({(a, x), (b, y)}) for a, b in combinations(GROUPS, 2) for x in CHOICES[a] for y in CHOICES[b]}
+    chosen, draw = [], Random(0)
+    while missing:
+        drawn = ({group: draw.choice(CHOICES[group]) for group in GROUPS} for _ in range(40))
+        best = max(drawn, key=lambda chosen_of_each: len(missing & _pairs(one_of_each)))
+        missing -= _pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def _pairs(combination: dict[str, str]) -> set[frozenset[tuple[str, str]]]:
+    return {frozenset(pair) for pair in combinations(combination.items(), 2)}
+
+
+def test_no_choice_of_a_group_changes_what_the_file_of_another_states() -> None:
+    files = {(group, choice): stated(group, choice) for group in GROUPS for choice in CHOICES[group]}
+    assert len(files) >= 25
+    for combination in covering():
+        values = composed(*(f"{group}={choice}" for group, choice in combination.items()))
+        for group, choice in combination.items():
+            wanted = files[group, choice]
+            assert {key: values[group][key] for key in wanted} == wanted, (group, combination)
+
+
+def test_a_group_file_is_of_its_group() -> None:
+    for group in GROUPS:
+        assert CHOICES[group]
+        for choice in CHOICES[group]:
+            assert "@package" not in (CONFIGS / group / f"{choice}.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
