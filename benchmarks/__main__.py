@@ -40,7 +40,7 @@ PACKAGES = (
 
 
 def main() -> None:
-    names = "\n".join(f"  {name:<10} {told}" for name, (_, told) in BENCHMARKS.items())
+    names = "\n".join(f"  {name:<10} {purpose}" for name, (_, purpose) in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=f"Ways give equal results, which is shown first; over 1, ELMD is faster.\n\n{names}",

@@ -173,10 +173,10 @@ def draw(curve: Curve, path: Path) -> None:
     """Write the curve as a PNG."""
     figure = Figure(figsize=(5, 3.6), dpi=100, layout="constrained")
     axes = figure.subplots()
-    told = []
+    fits = []
     for colour, marker, (name, costs) in zip(COLOURS, "ox", curve.values.items(), strict=False):
         axes.plot(curve.sizes, costs, color=colour, marker=marker, markersize=5, linewidth=1.4, label=name)
-        told.append(f"{name} ∝ size$^{{{exponent(curve.sizes, costs):.2f}}}$")
+        fits.append(f"{name} ∝ size$^{{{exponent(curve.sizes, costs):.2f}}}$")
     axes.set(xscale="log", yscale="log", xlabel=curve.size, ylabel=curve.cost)
     axes.set_xticks(curve.sizes, [f"{size:,}".replace(",", " ") for size in curve.sizes])
     axes.minorticks_off()
@@ -185,7 +185,7 @@ def draw(curve: Curve, path: Path) -> None:
     axes.set_yticks(ticks, [f"{tick:.3g}" if tick < 1000 else f"{tick:.0f}" for tick in ticks])
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{curve.title}\n{', '.join(told)}", fontsize=10, loc="left")
+    axes.set_title(f"{curve.title}\n{', '.join(fits)}", fontsize=10, loc="left")
     if len(curve.values) > 1:
         axes.legend(frameon=False, fontsize=9)
     figure.savefig(path)

@@ -38,16 +38,16 @@ class Run:
         return {"losses": torch.tensor(losses, dtype=torch.float64), **load_file(last / "model.safetensors")}
 
     def facts(self) -> dict[str, float]:
-        told = json.loads((self.out / "told-0.json").read_text())
+        report = json.loads((self.out / "report-0.json").read_text())
         steps = [BATCH / entry["samples_per_s"] for entry in self._metrics() if "samples_per_s" in entry]
-        in_steps = sum(size for name, size in told["bytes"].items() if name.startswith("step:"))
-        outside = sum(told["bytes"].values()) - in_steps
+        in_steps = sum(size for name, size in report["bytes"].items() if name.startswith("step:"))
+        outside = sum(report["bytes"].values()) - in_steps
         return {
             "ms per step": 1000 * statistics.median(steps),
             "bytes handed to each step's collectives": in_steps / self.steps,
             "bytes outside of steps": outside,
-            "bytes that train": 4 * told["trained"],
-            "bytes that are frozen": told["whole_bytes"],
+            "bytes that train": 4 * report["trained"],
+            "bytes that are frozen": report["whole_bytes"],
         }
 
     def _metrics(self) -> list[dict[str, Any]]:

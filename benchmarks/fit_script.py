@@ -3,8 +3,8 @@
 python fit_script.py LLM_FOLDER OUT STEPS [WORLD] [kill=step:N | kill=checkpoint:N | kill=evaluation:N | term=step:N]
 
 Environment: KILL_RANK is the process that the last argument is about (0), ADAPTER is prefix (default), lora or none,
-NO_DROPOUT=1 makes processes comparable, and TELL=1 also generates and writes `told-<rank>.json`: the responses, and the
-bytes that passed between processes.
+NO_DROPOUT=1 makes processes comparable, and TELL=1 also generates and writes `report-<rank>.json`: the responses, and
+the bytes that passed between processes.
 """
 
 from __future__ import annotations
@@ -149,10 +149,10 @@ with messages:
         ids = generate_all(
             model, to_answer, 120, accelerator, eos=8, max_new_tokens=20, top_p=0.9, temperature=1.0, seeds=[1]
         )  # fmt: skip
-        told = {
+        report = {
             "ids": [one for [one] in ids], "bytes": messages.bytes, "trained": trained, "steps": steps,
             "micro_batches": objective.micro_batches, "whole_bytes": whole_bytes, "local_bytes": local_bytes(llm),
         }  # fmt: skip
-        (out / f"told-{accelerator.process_index}.json").write_text(json.dumps(told))
+        (out / f"report-{accelerator.process_index}.json").write_text(json.dumps(report))
 
 leave()

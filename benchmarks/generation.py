@@ -1,8 +1,8 @@
 """Replies: ELMD's generation against transformers' own `generate`.
 
 Weights and prompts are random. Prompts and replies are as long as CPED's (see `samples`), a token a character: each
-prompt begins with the same instruction, and where a background is told, with that of its dialogue. A reply ends where
-the sample's own would, which both sides are told alike: random weights never say that they are done. Text alone and no
+prompt begins with the same instruction, and where there is a background, with that of its dialogue. A reply ends where
+the sample's own would, which both sides get alike: random weights never say that they are done. Text alone and no
 prefix, as transformers' `generate` gives wrong tokens with a prefix and embeddings.
 """
 
@@ -43,12 +43,12 @@ def cases(small: bool) -> Iterator[Case]:
     config = native_config({**CHATGLM2_6B, **shape})
     llm = freeze(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
     size = f"GLM of {config.hidden_size} × {config.num_hidden_layers}, {count} prompts"
-    for told in (0, background):
-        asked = Asked(count, config.vocab_size, told, longest)
+    for characters in (0, background):
+        asked = Asked(count, config.vocab_size, characters, longest)
         where = f"{size} of mean {statistics.mean(asked.lengths):.0f} tokens, replies of {asked.written:.0f}"
-        alike = f", of which {INSTRUCTION + told} are another prompt's too" if told else ""
+        alike = f", of which {INSTRUCTION + characters} are another prompt's too" if characters else ""
         yield Case(
-            "Greedy replies" + (", dialogues with a background" if told else ""), where + alike,
+            "Greedy replies" + (", dialogues with a background" if characters else ""), where + alike,
             [
                 Way("elmd", partial(ours, llm, asked, budget)),
                 Way("generate, padded batches of 16", partial(theirs, llm, asked, 16)),
@@ -75,7 +75,7 @@ class Asked(MadeUp):
     """Prompts without video, in random order; four samples in a row are of one dialogue.
 
     Args:
-        background: characters that are told of each dialogue.
+        background: characters of each dialogue's background.
         longest: a reply has no more tokens.
 
     Attributes:

@@ -16,8 +16,8 @@ p-tuning              ChatGLM2's own defaults: one sample at a time, 16 accumula
                       on old versions and transformers' own checkpointing loses the prefix
 
 Vision features are cached by training, so steps take them as given, and frames per second stand apart; what a step of
-p-tuning takes where it encodes its clips itself is told as the sum of both. A way that does not fit into the device's
-memory says so.
+p-tuning takes where it encodes its clips itself is reported as the sum of both. A way that does not fit into the
+device's memory says so.
 
 `--part` chooses what is measured: `steps` is this table; `grid` an EERG step at 256, 512 and 1024 tokens a sample, with
 micro-batches of 2 048 to 16 384 tokens, with and without checkpointing, of 16 samples or as many as fill a micro-batch;
@@ -418,8 +418,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     def save() -> None:
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
-            told = report | {"in_the_loop": in_the_loop(report)}
-            for file, text in (("gpu_step.json", json.dumps(told, indent=1)), ("gpu_step.md", tables(report))):
+            figures = report | {"in_the_loop": in_the_loop(report)}
+            for file, text in (("gpu_step.json", json.dumps(figures, indent=1)), ("gpu_step.md", tables(report))):
                 write_text(args.out / file, text + "\n")
 
     def task_of(kind: str, llm: Any, scale: Scale, rounds: int, slots: int = SLOTS) -> Task:

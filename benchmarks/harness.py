@@ -114,8 +114,8 @@ class Measured:
         agree = {None: "", 0.0: "Results are equal."}.get(
             self.apart, f"Results differ by at most {self.apart or 0:.1e}."
         )
-        told = [agree, self.note]
-        return "\n".join([*lines, *(["", " ".join(filter(None, told))] if any(told) else [])])
+        remarks = [agree, self.note]
+        return "\n".join([*lines, *(["", " ".join(filter(None, remarks))] if any(remarks) else [])])
 
 
 class Unequal(AssertionError):

@@ -35,21 +35,21 @@ TRL_NOTE = (
 def cases(small: bool) -> Iterator[Case]:
     """The step, an epoch, and the memory of a step's logits where the vocabulary is as large as ChatGLM2's."""
     scale = SCALES["smoke"] if small else replace(SCALES["cpu"], llm=small_llm(4, 1000, 8))
-    told = TRL_NOTE if trl_is_here() else " TRL is not installed (pip install -e '.[bench]'), so it is left out."
+    note = TRL_NOTE if trl_is_here() else " TRL is not installed (pip install -e '.[bench]'), so it is left out."
     with tempfile.TemporaryDirectory() as folder:
         task, size = made_up(scale, 2)
         size += f" p-tuning pads to {task.longest}."
         ways = loops(task, "elmd", "peft", "p-tuning") + hf(task, folder)
         ways += trl(task, folder) if trl_is_here() else []
-        yield Case("EERG, a training step", size, ways, note=NOTE + told, per=2 * scale.batch, unit="samples")
+        yield Case("EERG, a training step", size, ways, note=NOTE + note, per=2 * scale.batch, unit="samples")
     steps = 2 if small else 20
     task, size = made_up(scale if small else replace(scale, llm=small_llm(2, 1000, 8)), steps)
     with tempfile.TemporaryDirectory() as folder:
         ways = loops(task, "elmd", peak=False) + hf(task, folder, peak=False)
         yield Case("EERG, an epoch", size, ways, note=grouped(task), per=steps * scale.batch, unit="samples")
     task, size = made_up(replace(scale, llm=small_llm(1, 2000, 2, 16) if small else small_llm(2, 65_024, 2)), 1)
-    told = "Read the peak: beside so small a decoder, logits take more of the time and of the memory than at 6B."
-    yield Case("EERG, the memory of logits", size, loops(task, "elmd", "peft"), note=told)
+    note = "Read the peak: beside so small a decoder, logits take more of the time and of the memory than at 6B."
+    yield Case("EERG, the memory of logits", size, loops(task, "elmd", "peft"), note=note)
 
 
 def made_up(scale: Scale, count: int) -> tuple[Task, str]:

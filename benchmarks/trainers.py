@@ -108,10 +108,10 @@ def _way(name: str, task: Task, prepare: Callable[[], Run], peak: bool) -> Way:
 
     def facts() -> dict[str, float]:
         """Of the last run; but on a CPU a profiler sees the peak in a run of its own."""
-        told: dict[str, float] = {"tokens, padding included": tokens}
+        figures: dict[str, float] = {"tokens, padding included": tokens}
         if peak:
-            told["peak, MiB"] = (most if on_gpu else peak_bytes(prepare())) / 2**20
-        return told
+            figures["peak, MiB"] = (most if on_gpu else peak_bytes(prepare())) / 2**20
+        return figures
 
     return Way(name, run, facts, before)
 

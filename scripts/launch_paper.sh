@@ -4,7 +4,7 @@
 #   M3ED=/data/M3ED M3ED_VIDEOS=/data/M3ED/videos CHATGLM2=/weights/chatglm2-6b VISUALGLM=/weights/visualglm-vision \
 #     scripts/launch_paper.sh [key=value …]
 #
-# Run it again after a break: what is finished is reused, what was interrupted goes on.
+# Run it again after a break: what is finished is reused, what was interrupted resumes.
 set -euo pipefail
 
 usage() {

@@ -10,7 +10,7 @@
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 #SBATCH --output=elmd-%j.out
-# --signal: two minutes before the time is up the step in progress is finished and saved; submit again to go on from it.
+# --signal: two minutes before the time is up the step in progress is finished and saved; submit again to resume from it.
 # --requeue: after a failure of a node Slurm does that itself.
 # One task per node is one launcher per node, which starts that node's four processes.
 set -euo pipefail
@@ -47,7 +47,7 @@ on_every_node elmd.train "${settings[@]}" stage=all
 on_every_node elmd.evaluate "${settings[@]}"
 
 # A sweep in place of the last two lines, in one of two ways (neither run on a cluster yet). elmd.sweep launches each of
-# its jobs itself, so it is one task on one node; told to stop, it lets every job save and says how to go on.
+# its jobs itself, so it is one task on one node; on a signal to stop it lets every job save and says how to resume.
 #
 # Under one allocation, its GPUs as slots (--nodes=1, --gpus-per-node=8: eight jobs at a time, or with launcher.gpus=4 two
 # of four GPUs):

@@ -36,7 +36,7 @@ def covering() -> list[dict[str, str]]:
     chosen, draw = [], Random(0)
     while missing:
         drawn = ({group: draw.choice(CHOICES[group]) for group in GROUPS} for _ in range(40))
-        best = max(drawn, key=lambda chosen_of_each: len(missing & _pairs(one_of_each)))
+        best = max(drawn, key=lambda drawn_choices: len(missing & _pairs(drawn_choices)))
         missing -= _pairs(best)
         chosen.append(best)
     return chosen

@@ -63,7 +63,7 @@ def runs(llm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def told(out: Path, rank: int = 0) -> dict[str, Any]:
-    return json.loads((out / f"told-{rank}.json").read_text())
+    return json.loads((out / f"report-{rank}.json").read_text())
 
 
 def losses(out: Path) -> list[float]:

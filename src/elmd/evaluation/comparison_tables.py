@@ -1,7 +1,7 @@
 """Tables of a comparison. For each group of metrics one table of scores and one of the tests against the reference, so
 that no score of a system stands without its interval and its verdict.
 
-Marks: ° not told apart from the reference; † a floor is as good.
+Marks: ° not distinguishable from the reference; † a floor is as good.
 """
 
 from __future__ import annotations
