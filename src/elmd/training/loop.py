@@ -92,7 +92,9 @@ def fit(objective: Objective, plan: Plan, folder: Path, accelerator: Accelerator
     trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in objective.modules.items()}
     parameters = [p for group in trained.values() for p in group]
     optimizer = torch.optim.AdamW(
-        [{"params": group, "lr": plan.rates[name]} for name, group in trained.items()], weight_decay=plan.weight_decay
+        [{"params": group, "lr": plan.rates[name]} for name, group in trained.items()],
+        betas=(0.9, plan.beta2),
+        weight_decay=plan.weight_decay,
     )
 
     saved = checkpoint.load_latest(folder / CHECKPOINTS, objective.modules, optimizer)

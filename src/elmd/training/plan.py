@@ -19,6 +19,7 @@ class Plan:
             stays.
         select, higher_is_better: the metric of `Objective.evaluate` that chooses the best checkpoint.
         evaluate_every, checkpoint_every: in steps.
+        beta2: AdamW's memory of squared gradients; short trainings from nothing need a shorter one.
     """
 
     rates: Mapping[str, float]
@@ -32,6 +33,7 @@ class Plan:
     decay: bool = True
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    beta2: float = 0.999
 
     @classmethod
     def of(cls, group: Any, **others: Any) -> Plan:
