@@ -6,16 +6,18 @@ wanted than that world has utterances, they are made up around centres.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import faiss
 import psutil
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,9 +26,12 @@ from elmd.config import ErmConfig, RetrieverConfig
 from elmd.data.pairs import pairs
 from elmd.retrieval.retriever import add_separation, encode
 from elmd.retrieval.search import Neighbours, Pairs, hnsw, nearest
-from elmd.tiny.standins import descend, train_retriever
+from elmd.tiny.retriever import train_retriever
+from elmd.tiny.standins import Training
 from elmd.tiny.world import SHOWS_TAG, pretraining
 from elmd.training.contrast import Erm
+from elmd.training.loop import fit
+from elmd.training.plan import Plan
 
 NONE = Pairs(*torch.zeros(2, 0, dtype=torch.long))
 #: Candidates and width: s · d with m3e-base (768 wide) and with the tiny retriever, and the latter's e_u where many.
@@ -62,22 +67,27 @@ def trained(small: bool) -> tuple[dict[str, Tensor], int, str]:
     candidates, queries = (200, 20) if small else (10_000, 1000)
     samples = [pair.sample("train", text_only=True) for pair in pairs(pretraining(0, dialogues))]
     twins = [(sample.utterance.text, sample.response.text) for sample in samples]
-    encoder, _ = train_retriever(twins, hidden=hidden, steps=first, lr=2e-3, seed=0)
-    model = add_separation(encoder, ErmConfig.slots, ErmConfig.separation.value)
-    shown = [sample for sample in samples if SHOWS_TAG in sample.utterance.tags]
-    held = len(shown) // 5
-    splits = {"train": shown[held:], "valid": shown[:held]}
-    task = Erm(model, splits, "valid", batch_size=batch, seed=0, temperature=ErmConfig.temperature)
-    batches = itertools.chain.from_iterable(map(task.batches, itertools.count()))
-    parameters = [p for module in task.modules.values() for p in module.parameters() if p.requires_grad]
-    descend(parameters, lambda _: next(task.losses(next(batches), 0, 1))[0], then, 1e-3, "ERM")
+    with TemporaryDirectory() as folder:
+        accelerator = Accelerator(cpu=True)
+        training = Training(first, 2e-3, 0, Path(folder, "encoder"), accelerator)
+        encoder, _ = train_retriever(twins, hidden=hidden, training=training)
+        model = add_separation(encoder, ErmConfig.slots, ErmConfig.separation.value)
+        shown = [sample for sample in samples if SHOWS_TAG in sample.utterance.tags]
+        held = len(shown) // 5
+        splits = {"train": shown[held:], "valid": shown[:held]}
+        task = Erm(model, splits, "valid", batch_size=batch, seed=0, temperature=ErmConfig.temperature)
+        plan = Plan(
+            rates=dict.fromkeys(task.modules, 1e-3), steps=then, seed=0,
+            select=f"emotion_match@1/{RetrieverConfig.key.value}", higher_is_better=True, evaluate_every=then,
+            checkpoint_every=then, warmup=0.05, weight_decay=0.01,
+        )  # fmt: skip
+        match = fit(task, plan, Path(folder, "erm"), accelerator, "ERM").best
 
     texts: dict[str, None] = {}  # a set in order
     unseen = pretraining(1, 10 * (candidates + queries))
     while len(texts) < candidates + queries:
         texts |= dict.fromkeys(utterance.text for utterance in next(unseen).utterances)
     vectors = encode(model.eval(), list(texts)[: candidates + queries])
-    match = task.evaluate()[f"emotion_match@1/{RetrieverConfig.key.value}"]
     return (
         {key: F.normalize(rows.double(), dim=-1).float() for key, rows in vectors.items()},
         candidates,

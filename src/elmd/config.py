@@ -354,12 +354,12 @@ class BootstrapConfig:
     llm_hidden: int = setting(128, Range(64, times=64))
     #: copying from a demonstration takes two; a third learns no faster in this time
     llm_layers: int = setting(2, SOME)
-    llm_steps: int = setting(6000, ANY)
+    llm_steps: int = setting(2000, ANY)
     llm_batch: int = setting(16, SOME)
-    llm_lr: float = setting(2e-3, ANY)
+    llm_lr: float = setting(3e-3, ANY)
     vision_hidden: int = setting(64, Range(4, times=4))  # q
-    vision_steps: int = setting(400, ANY)
-    vision_lr: float = setting(3e-3, ANY)
+    vision_steps: int = setting(300, ANY)
+    vision_lr: float = setting(5e-3, ANY)
     retriever_hidden: int = setting(
         128, Range(32, times=32)
     )  # d; with 64 the ERM falls back to one vector for all texts

@@ -33,9 +33,9 @@ STAGES = {
     for stage in (
         Stage("bootstrap/world", "world", 2, bootstrap.reads_world, bootstrap.world),
         Stage("prepare", "samples", 1, prepare.reads, prepare.run),
-        Stage("bootstrap/llm", "stand-in", 3, bootstrap.reads_llm, bootstrap.llm),
-        Stage("bootstrap/vision", "stand-in", 1, bootstrap.reads_vision, bootstrap.vision),
-        Stage("bootstrap/retriever", "stand-in", 2, bootstrap.reads_retriever, bootstrap.retriever),
+        Stage("bootstrap/llm", "stand-in", 4, bootstrap.reads_llm, bootstrap.llm),
+        Stage("bootstrap/vision", "stand-in", 2, bootstrap.reads_vision, bootstrap.vision),
+        Stage("bootstrap/retriever", "stand-in", 3, bootstrap.reads_retriever, bootstrap.retriever),
         Stage("erm", "retriever", 2, erm.reads, erm.run),
         Stage("index", "demonstrations", 1, index.reads, index.run),
         Stage("features", "features", 1, features.reads, features.run),

@@ -24,7 +24,8 @@ from elmd.data.samples import load_samples
 from elmd.engine.stage import Inputs, Job, Outcome
 from elmd.errors import DataError
 from elmd.log import table
-from elmd.tiny.standins import hold_out, lessons, train_llm, train_retriever, train_tokenizer, train_vision
+from elmd.tiny.lessons import lessons, train_tokenizer
+from elmd.tiny.standins import Training, hold_out
 from elmd.tiny.world import pretraining, topic_of, write_world
 from elmd.types import SPLITS, Sample
 
@@ -128,10 +129,9 @@ def reads_llm(cfg: Config) -> Inputs:
 
 def llm(cfg: Config, job: Job) -> Outcome:
     from elmd.stages.parts import prompt_of
+    from elmd.tiny.llm import train_llm
 
     samples = text_samples(cfg, job)
-    if not job.accelerator.is_main_process:
-        return Outcome()
     boot, own = cfg.bootstrap, cfg.bootstrap.text is BootstrapText.tiny
     prompt = prompt_of(cfg.prompt)
     held, kept = hold_out(samples)
@@ -146,13 +146,14 @@ def llm(cfg: Config, job: Job) -> Outcome:
     # Real text has thousands of characters; the rarest of them are left to bytes so that words become pieces too.
     tokenizer = train_tokenizer(texts[:4000], boot.vocab_size, coverage=1.0 if own else 0.99)
     encoder = Encoder(tokenizer, prompt, cfg.llm.max_prompt_tokens, cfg.llm.max_target_tokens)
-    model, found = train_llm(
-        texts, unseen, encoder, hidden=boot.llm_hidden, layers=boot.llm_layers, steps=boot.llm_steps, lr=boot.llm_lr,
-        batch=boot.llm_batch, seed=boot.seed,
+    model, metrics = train_llm(
+        texts, unseen, encoder, hidden=boot.llm_hidden, layers=boot.llm_layers, batch=boot.llm_batch,
+        training=_training(cfg, job, boot.llm_steps, boot.llm_lr),
     )  # fmt: skip
-    model.save_pretrained(job.folder)
-    tokenizer.save_pretrained(job.folder)
-    return _told("Stand-in language model", found, "perplexity", {"texts": len(texts), "pieces": len(tokenizer)})
+    if job.accelerator.is_main_process:
+        model.save_pretrained(job.folder)
+        tokenizer.save_pretrained(job.folder)
+    return _outcome("Stand-in language model", metrics, "perplexity", {"texts": len(texts), "pieces": len(tokenizer)})
 
 
 # --- vision tower --------------------------------------------------------------------------------------------------
@@ -163,12 +164,15 @@ def reads_vision(cfg: Config) -> Inputs:
 
 
 def vision(cfg: Config, job: Job) -> Outcome:
-    if not job.accelerator.is_main_process:
-        return Outcome()
+    from elmd.tiny.vision import train_vision
+
     boot = cfg.bootstrap
-    encoder, found = train_vision(hidden=boot.vision_hidden, steps=boot.vision_steps, lr=boot.vision_lr, seed=boot.seed)
-    encoder.save(job.folder)
-    return _told("Stand-in vision tower", found, "geometry_r2", {})
+    encoder, metrics = train_vision(
+        hidden=boot.vision_hidden, training=_training(cfg, job, boot.vision_steps, boot.vision_lr)
+    )
+    if job.accelerator.is_main_process:
+        encoder.save(job.folder)
+    return _outcome("Stand-in vision tower", metrics, "geometry_r2", {})
 
 
 # --- sentence encoder ----------------------------------------------------------------------------------------------
@@ -180,21 +184,22 @@ def reads_retriever(cfg: Config) -> Inputs:
 
 
 def retriever(cfg: Config, job: Job) -> Outcome:
+    from elmd.tiny.retriever import train_retriever
+
     samples = text_samples(cfg, job)
-    if not job.accelerator.is_main_process:
-        return Outcome()
     boot = cfg.bootstrap
     twins = [(sample.utterance.text, sample.response.text) for sample in samples]
-    model, found = train_retriever(
-        twins, hidden=boot.retriever_hidden, steps=boot.retriever_steps, lr=boot.retriever_lr, seed=boot.seed
+    model, metrics = train_retriever(
+        twins, hidden=boot.retriever_hidden, training=_training(cfg, job, boot.retriever_steps, boot.retriever_lr)
     )
     primary = "twin_match@1"
     if boot.text is BootstrapText.tiny:
         primary = "topic_match@1"
         unseen = pairs(pretraining(boot.seed + 1, 400))
-        found = {**found, primary: topic_match(model, [pair.utterance.text for pair in unseen])}
-    model.save_pretrained(str(job.folder), create_model_card=False)
-    return _told("Stand-in sentence encoder", found, primary, {"twins": len(twins)})
+        metrics = {**metrics, primary: topic_match(model, [pair.utterance.text for pair in unseen])}
+    if job.accelerator.is_main_process:
+        model.save_pretrained(str(job.folder), create_model_card=False)
+    return _outcome("Stand-in sentence encoder", metrics, primary, {"twins": len(twins)})
 
 
 def topic_match(model: Any, texts: Iterable[str]) -> float:
@@ -209,6 +214,10 @@ def topic_match(model: Any, texts: Iterable[str]) -> float:
     )
 
 
-def _told(title: str, found: dict[str, float], primary: str, counts: dict[str, int]) -> Outcome:
-    table(title, (*found, *counts), [(*found.values(), *counts.values())])
-    return Outcome(metrics=found, primary=primary, counts=counts)
+def _training(cfg: Config, job: Job, steps: int, lr: float) -> Training:
+    return Training(steps, lr, cfg.bootstrap.seed, job.folder, job.accelerator)
+
+
+def _outcome(title: str, metrics: dict[str, float], primary: str, counts: dict[str, int]) -> Outcome:
+    table(title, (*metrics, *counts), [(*metrics.values(), *counts.values())])
+    return Outcome(metrics=metrics, primary=primary, counts=counts)
